@@ -148,14 +148,14 @@ def _compare(args: argparse.Namespace, builders: dict[str, Builder], work: Work)
         if name in ratios:
             line += "  {:.2f} × ours ({:.2f} to {:.2f})".format(*ratios[name])
         print(f"{line}  loss {losses[name]:.4f}")
-    utilisation = work.flops / middles[ours] / speed
+    utilization = work.flops / middles[ours] / speed
     if peers:
         fastest = min(peers, key=middles.__getitem__)
         middle, low, high = ratios[fastest]
         steps = len(seconds[ours])
         print(f"ratio {middle:.2f} to {fastest} (from {low:.2f} to {high:.2f} over {steps} steps)")
     print(
-        f"model FLOPs utilisation, ours: {utilisation:.0%} of a matrix product's "
+        f"model FLOPs utilization, ours: {utilization:.0%} of a matrix product's "
         f"{speed / 1e12:.3g} TFLOP/s"
     )
     record.append(
@@ -165,7 +165,7 @@ def _compare(args: argparse.Namespace, builders: dict[str, Builder], work: Work)
         rate={name: work.amount / middle for name, middle in middles.items()},
         ratios={name: dict(zip(_SPREAD, values, strict=True)) for name, values in ratios.items()},
         losses=losses,
-        utilisation=utilisation,
+        utilization=utilization,
         matmul_flops=speed,
     )
 

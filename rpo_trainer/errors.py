@@ -212,7 +212,7 @@ def _rendered(error: RPOTrainerError, width: int) -> str:
 
 
 def _wrapped(label: str, text: str, width: int) -> list[str]:
-    """A labeled text, wrapped; its own line breaks and indentation (an example in YAML) are kept."""
+    """Return a labeled text, wrapped; its line breaks and indentation (an example in YAML) are kept."""
     lines: list[str] = []
     for line in text.splitlines():
         indent = " " * (7 + len(line) - len(line.lstrip()))

@@ -125,7 +125,7 @@ class PreferenceLoss:
 
 
 def _dpo(x: LossInputs) -> Tensor:
-    """−(1 − ε) log σ(a) − ε log σ(−a)."""
+    """Return −(1 − ε) log σ(a) − ε log σ(−a)."""
     gap, smoothing = _gap(x.implicit), x.label_smoothing
     if smoothing == 0.0:
         return _softplus(-gap)
@@ -138,7 +138,7 @@ def _sqloo(x: LossInputs) -> Tensor:
 
 
 def _bwd_kl_step_zero(x: LossInputs) -> Tensor:
-    """ln K − H(softmax(η·rewards))."""
+    """Return ln K − H(softmax(η·rewards))."""
     import torch
 
     entropy: Tensor = torch.special.entr(x.target.softmax(-1)).sum(-1)
@@ -146,7 +146,7 @@ def _bwd_kl_step_zero(x: LossInputs) -> Tensor:
 
 
 def _fwd_kl_step_zero(x: LossInputs) -> Tensor:
-    """logsumexp(η·rewards) − ln K − mean(η·rewards); for pairs ln cosh(target gap / 2)."""
+    """Return logsumexp(η·rewards) − ln K − mean(η·rewards); for pairs ln cosh(target gap / 2)."""
     return x.target.logsumexp(-1) - math.log(x.target.shape[1]) - x.target.mean(-1)
 
 
@@ -334,7 +334,7 @@ def sft_loss(nll: Tensor, tokens: Tensor, reduction: SFTReduction) -> tuple[Tens
 
 
 def _kl(first: Tensor, second: Tensor) -> Tensor:
-    """KL(softmax(first) ‖ softmax(second)) over the K responses, `[B]`; Bernoulli where K = 2."""
+    """Return KL(softmax(first) ‖ softmax(second)) over the K responses, `[B]`; Bernoulli if K = 2."""
     import torch
 
     if first.shape[-1] == 2:
@@ -348,7 +348,7 @@ def _kl(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _softplus(x: Tensor) -> Tensor:
-    """log(1 + exp(x)), linear only if log1p(exp(−x)) is below the resolution of the dtype."""
+    """Return log(1 + exp(x)), linear only if log1p(exp(−x)) is below the resolution of the dtype."""
     import torch
 
     threshold = 40.0 if x.dtype == torch.float64 else 20.0
@@ -356,12 +356,12 @@ def _softplus(x: Tensor) -> Tensor:
 
 
 def _gap(x: Tensor) -> Tensor:
-    """First response minus the mean of the others, `[B, K] → [B]`."""
+    """Return the first response minus the mean of the others, `[B, K] → [B]`."""
     return x[:, 0] - (x[:, 1] if x.shape[1] == 2 else x[:, 1:].mean(dim=-1))
 
 
 def _leave_one_out(x: Tensor) -> Tensor:
-    """Each response minus the mean of the others, `[B, K] → [B, K]`."""
+    """Return each response minus the mean of the others, `[B, K] → [B, K]`."""
     k = x.shape[-1]
     return (x - x.mean(dim=-1, keepdim=True)) * (k / (k - 1))
 

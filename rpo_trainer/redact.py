@@ -2,8 +2,7 @@
 
 Secrets are the values passed to `register`, and the values of environment variables whose names end in
 `_API_KEY`, `_TOKEN`, `_SECRET` and similar. They are also found in the encodings in which servers and
-libraries
-repeat them: JSON, URL, HTML, base64. `redact` also removes credentials in URLs.
+libraries repeat them: JSON, URL, HTML, base64. `redact` also removes credentials in URLs.
 """
 
 from __future__ import annotations
@@ -154,7 +153,7 @@ def redact_record(record: logging.LogRecord) -> None:
     if clean != message:
         record.msg, record.args = clean, ()
     if record.exc_info and record.exc_info[1] is not None:
-        # Formatters use `exc_text` where it is set.
+        # Formatters use `exc_text` if it is set.
         record.exc_text = redacted_traceback(record.exc_info[1]).rstrip("\n")
     if record.stack_info:
         record.stack_info = redact(record.stack_info)

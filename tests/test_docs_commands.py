@@ -41,7 +41,7 @@ NOT_RUN = {
     "make audit": _CHECKOUT,
     "make format": _CHECKOUT,
     "make docs": _CHECKOUT,
-    "make PYTHON=python3.12 …": _CHECKOUT,
+    "make PYTHON=python3.12 test": _CHECKOUT,
     ".ci/run": _CHECKOUT,
     ". .venv/bin/activate": "of the environment that make has made",
     "pip install -c constraints.txt '.[report]'": _INSTALLS,

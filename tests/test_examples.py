@@ -46,11 +46,11 @@ def test_an_accelerator_already_made(example: Run, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     made = example("own_accelerator")
-    trainer, margins = made["trainer"], made["margins"]
+    trainer, gaps = made["trainer"], made["gaps"]
     assert made["accelerator"] is not trainer.accelerator
     assert trainer.accelerator.mixed_precision == "bf16"
     assert trainer.step_zero["loss"] == pytest.approx(0.693147, abs=1e-4)
-    assert margins[-1] > margins[0] + 0.01 and len(margins) == 6
+    assert gaps[-1] > gaps[0] + 0.01 and len(gaps) == 6
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     trained = trainer.model.state_dict()
     assert all(torch.equal(trained[name], value) for name, value in saved.state_dict().items())

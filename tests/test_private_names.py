@@ -397,5 +397,6 @@ def test_a_private_name_is_what_it_was(use: Use, request: pytest.FixtureRequest)
 def test_the_table_has_each_private_name_that_is_used_and_no_other() -> None:
     table = {(file, use.name) for use in USES for file in use.files.split()}
     used = uses(PACKAGE)
+    used -= {("recipe/convert/recognize.py", "_component_")}  # a key of the configs of torchtune
     assert used - table == set(), "not in the table: use a public name, or say here what is assumed"
     assert table - used == set(), "not used any more: remove it from the table"

@@ -7,7 +7,7 @@ run               `run_chain`: runs the stages in order, and resumes a run that 
   input_files       the files and hub commits that stages read, and their digests
   finished          before a run resumes: outputs are intact, and the models that stages start from exist
   models            loads the models of a stage (initial policy, reference model) and writes its output
-  outputs           what a stage delivers, and the exact weights beside it
+  outputs           the output of a stage, and the exact weights next to it
   training          trains one stage, from its last checkpoint
   callbacks         metrics.jsonl, and the step-0 result
   stop_signal       SIGTERM and SIGINT: stop after a complete checkpoint

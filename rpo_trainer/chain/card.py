@@ -43,7 +43,7 @@ def write_card(
     recipe: Recipe,
     base_dir: Path,
 ) -> None:
-    """Writes `README.md` of an output and adds it to the manifest.
+    """Write `README.md` of an output and add it to the manifest.
 
     The card depends on the run only: writing it again when a run resumes changes nothing.
 
@@ -130,7 +130,7 @@ def _start(recipe: Recipe, first: Stage) -> str:
 
 
 def _lineage(stage: Stage, by_name: Mapping[str, Stage]) -> list[Stage]:
-    """The stages that produced the weights, in order."""
+    """Return the stages that produced the weights, in order."""
     line = [stage]
     while (before := by_name.get(line[0].init)) is not None:
         line.insert(0, before)
@@ -171,7 +171,7 @@ def _settings(stage: Stage, record: StageRecord) -> list[list[str]]:
 
 
 def _template(stage: Stage, recipe: Recipe) -> list[list[str]]:
-    """The chat template variables that conversations were rendered with."""
+    """Return the chat template variables that conversations were rendered with."""
     levels = [("chat template variables", recipe.model.chat_template_kwargs)]
     for source in stage.data.train:
         name = Path(source.path).name if source.path else source.task
@@ -196,10 +196,10 @@ def _measured(record: EvaluationRecord) -> list[str]:
                 f"{short(measure.low, figure.digits)} to {short(measure.high, figure.digits)}"
             )
         rows.append([figure.name, short(measure.value, figure.digits), interval])
-    by = f" Rewards and win rates are given by {record.scorer}." if record.scorer else ""
+    by = f" Rewards and win rates were computed by {record.scorer}." if record.scorer else ""
     return [
         "## Evaluation on held-out data\n",
-        _table(("", "value", "95 % interval"), rows),
+        _table(("", "value", "95% interval"), rows),
         f"Confidence intervals are over prompts and rows, not over training seeds.{by}\n",
     ]
 

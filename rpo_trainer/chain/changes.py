@@ -146,8 +146,8 @@ def require_key(
         f"the recipe has no key `{key}`{suggestion(key, list(dict.fromkeys(known)))}",
         code="option.unknown-key",
         where=f"--allow-changed {key}",
-        why="a key that does not exist would allow nothing",
-        fix="write the key as the refusal shows it, for example stages.dpo.beta, or a prefix of it, "
+        why="only changes of existing keys can be allowed",
+        fix="copy the key from the error about the change, for example stages.dpo.beta, or a prefix of it, "
         "for example stages.dpo",
     )
 

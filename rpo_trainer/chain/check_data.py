@@ -25,7 +25,7 @@ class DataChecks:
     """Checks the training data of the stages and the data that their outputs are evaluated on.
 
     Attributes:
-        responses: number of tokenized responses by stage name; absent where they are sampled later.
+        responses: number of tokenized responses by stage name; absent if they are sampled later.
     """
 
     def __init__(self, preparer: StagePreparer, findings: Findings, models: ModelChecks) -> None:
@@ -125,7 +125,7 @@ class DataChecks:
             there = (folder / "config.json").is_file()
             if looks_like_path(name) and not there:
                 raise ModelError(
-                    "no reward model found here",
+                    "no reward model was found here",
                     code="model.no-reward-model",
                     where=f"{where}.model: {folder}",
                     fix="give a directory with config.json and safetensors weights, or a reward stage",

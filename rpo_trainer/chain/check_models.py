@@ -144,7 +144,7 @@ class ModelChecks:
                     factory, config, trust_remote_code=self.recipe.model.trust_remote_code
                 )
         except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError):
-            return  # the config gives no model: reported when it is loaded
+            return  # no model can be created from the config: reported when it is loaded
         check_adapter(folder, base, where)
 
     def _check_context(self, source: str, length: int, where: str) -> None:

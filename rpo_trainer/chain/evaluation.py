@@ -72,7 +72,7 @@ class Evaluation:
 
     Args:
         models: loads policies by source (a stage, `model`, a path).
-        scored_rows: makes the scorer of a recipe's `score`.
+        scored_rows: creates the scorer of a recipe's `score`.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Evaluation:
         """Compute the metrics that the stage's `eval` names.
 
         Also writes `samples.jsonl` into the stage's directory, and `baseline-samples.jsonl` if no stage of
-        the run made the baseline.
+        the run produced the baseline.
         """
         measured = evaluation_of(stage, self.recipe)
         if measured is None:
@@ -102,7 +102,7 @@ class Evaluation:
         _, spec = measured
         baseline = self._baseline(spec, stage)
         found: dict[str, Any] = {} if baseline is None else {"baseline": baseline}
-        # A baseline that no stage made is evaluated here too: it has no record of its own.
+        # A baseline that is not the output of a stage has no record, so it is evaluated here.
         before = None if baseline in [other.name for other in self.stages] else baseline
         of_before: dict[str, Any] = {}
         try:
@@ -192,7 +192,7 @@ class Evaluation:
         source: str,
         baseline: str | None,
     ) -> None:
-        """Adds `tokens` of the sampled responses, and their `log_ratios` to a baseline's policy."""
+        """Add `tokens` of the sampled responses, and their `log_ratios` to a policy of the baseline."""
         examples = response_examples(rows, answers, self.tokenizer)
         flat = [one for row in examples for one in row if one is not None]
         ratios: Iterator[float] | None = None
@@ -257,7 +257,7 @@ class Evaluation:
         maximum = None if verifier is None else verifier.maximum
 
         def summary(answers: list[dict[str, Any]], rewards: list[Any]) -> dict[str, Any]:
-            result = evaluate.summarise(
+            result = evaluate.summarize(
                 rows, answers, rewards, maximum=maximum, seed=self.recipe.seed
             )
             return result.as_dict()
@@ -282,7 +282,7 @@ class Evaluation:
         theirs: list[dict[str, Any]] | None,
         label: str,
     ) -> dict[str, Any]:
-        """Compare responses by a judge, which gives a winner per prompt; equal ones are not sent to it."""
+        """Compare responses by a judge, which names a winner per prompt; equal ones are not judged."""
 
         def summary(answers: list[dict[str, Any]]) -> dict[str, Any]:
             return {

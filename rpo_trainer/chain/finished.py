@@ -87,7 +87,7 @@ def check_starts(
 
 
 def _measured_with(stage: Stage, stages: Sequence[Stage], recipe: Recipe) -> dict[str, str]:
-    """Sources that the evaluation of a stage needs, by key of the recipe."""
+    """Return the sources that the evaluation of a stage needs, by recipe key."""
     measured = evaluation_of(stage, recipe)
     if measured is None:
         return {}

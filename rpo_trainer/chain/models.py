@@ -102,7 +102,7 @@ class Models:
 
         Args:
             dtype: of the weights; below the adapter of a stage they have the dtype of its training.
-            delivered: a stage's output as it is delivered, not its exact weights.
+            delivered: a stage's output in `final`, not its exact weights.
         """
         left = self._adapter(source)
         if left is None:
@@ -181,7 +181,7 @@ class Models:
         return _Adapter(folder, base, None, None)
 
     def _adapter_of(self, stage: Stage, folder: Path) -> _Adapter:
-        """The adapter of a stage, in `folder`."""
+        """Return the adapter of a stage, in `folder`."""
         assert stage.peft is not None
         quantization = stage.peft.quantization
         return _Adapter(folder, self._base(stage), quantization, self._frozen_dtype(stage))
@@ -199,11 +199,11 @@ class Models:
         final = self._in_run(stage.init, "final")
         if self.delivered_dtype(self.stages[stage.init]) == self._frozen_dtype(stage):
             return final  # the same weights
-        # The exact weights go when they are merged; what is delivered stays.
+        # The exact weights are removed when they are merged; `final` is kept.
         return dataclasses.replace(final, place=base.place) if saves_whole(stage) else base
 
     def delivered_dtype(self, stage: Stage) -> torch.dtype:
-        """The dtype of the whole model that a stage delivers."""
+        """Return the dtype of the full model that a stage outputs."""
         return output_dtype(self.preparer, stage)
 
     def _writes_base(self, stage: Stage) -> bool:
@@ -337,7 +337,7 @@ class Models:
         os.replace(staged, own)
 
     def _merged(self, left: _Adapter) -> PreTrainedModel:
-        """Merge base and adapter in float32: the model that was trained, its base rounded as it was there."""
+        """Merge base and adapter in float32: the model that was trained, its base rounded as in training."""
         with loading_whole():
             dtype = left.dtype or torch.float32
             base = dequantized(self._load(left.base.place, dtype, left.quantization))
@@ -345,7 +345,7 @@ class Models:
             return adapters.merged(adapters.load_adapter(base, left.folder, trainable=False))
 
     def write_output(self, trainer: BaseTrainer, stage: Stage) -> None:
-        """Write `final` of a stage with an adapter, atomically, and `adapter` or `merged` beside it."""
+        """Write `final` of a stage with an adapter, atomically, and `adapter` or `merged` next to it."""
         assert stage.peft is not None
         folder = self.run_dir / stage.name
         staged = folder / ".final"
@@ -382,7 +382,7 @@ class Models:
             commit_output(staged, folder, dtype, keep_exact=keep_exact, kept=kept)
 
     def _write_merged(self, left: _Adapter, trainer: BaseTrainer, folder: Path) -> None:
-        """Merge and save the adapter on disk, so that sharded weights of the trainer play no part."""
+        """Merge and save the adapter on disk, independently of sharded weights of the trainer."""
         shutil.rmtree(folder, ignore_errors=True)
         model = self._merged(left)
         set_ends(model, trainer.output.written.ends)

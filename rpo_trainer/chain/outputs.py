@@ -1,4 +1,4 @@
-"""What a stage delivers in `final`, and the exact float32 weights beside it that later stages start from."""
+"""The output of a stage in `final`, and the exact float32 weights that later stages start from."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def commit_output(
     keep_exact: bool,
     kept: re.Pattern[str] | None,
 ) -> None:
-    """Turn a saved model into `final` of a stage, in the dtype that it delivers.
+    """Turn a saved model into `final` of a stage, in the dtype of its output.
 
     Args:
         staged: the exact model, in float32; it is moved.
@@ -72,7 +72,7 @@ def commit_output(
 
 
 def cast_output(folder: Path, dtype: torch.dtype, kept: re.Pattern[str] | None) -> None:
-    """Cast a saved model to `dtype` in its place; see `copy_in_dtype`."""
+    """Cast a saved model to `dtype` in place; see `copy_in_dtype`."""
     copied = folder.with_name(".delivered")
     if dtype != torch.float32 and copy_in_dtype(folder, copied, dtype, kept):
         shutil.rmtree(folder)
@@ -80,14 +80,14 @@ def cast_output(folder: Path, dtype: torch.dtype, kept: re.Pattern[str] | None) 
 
 
 def output_fingerprint(final: Path) -> str:
-    """Short content key of a stage's output: the hashes of its weights."""
+    """Return a short content key of a stage's output, computed from the hashes of its weights."""
     files = json.loads((final / MANIFEST).read_text())["files"]
     weights = [v["xxh3_128"] for name, v in sorted(files.items()) if name.endswith(".safetensors")]
     return "+".join(digest[:16] for digest in weights)
 
 
 def output_record(final: Path) -> OutputRecord:
-    """What chain.json says of an output."""
+    """Return the entry of an output in chain.json."""
     exact = final.with_name(EXACT)
     dtype = torch.float32 if is_adapter(final) else stored_dtype(final)
     return OutputRecord(
@@ -98,7 +98,7 @@ def output_record(final: Path) -> OutputRecord:
 
 
 def remove_exact(preparer: StagePreparer, state: ChainState, run_dir: Path) -> None:
-    """Remove exact weights that no stage will start from; `final` keeps what was delivered."""
+    """Remove exact weights that no stage will start from; `final` is kept."""
     done = {record.name for record in state.stages if record.state == "done"}
     for name in done:
         exact = run_dir / name / EXACT

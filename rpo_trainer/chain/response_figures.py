@@ -26,7 +26,7 @@ Examples = list[list[Mapping[str, Any] | None]]
 def response_examples(
     rows: Sequence[Row], answers: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
 ) -> Examples:
-    """Tokenize the sampled responses of the rows in `samples.jsonl`, each as an example of its own.
+    """Tokenize the sampled responses of the rows in `samples.jsonl`, each as a separate example.
 
     Args:
         rows: held-out prompts.
@@ -55,7 +55,9 @@ def response_examples(
             audit=Audit(), processes=1,
         )  # fmt: skip
     except DataError as error:
-        logger.warning("no lengths and log-probs of the held-out responses: %s", error.what)
+        logger.warning(
+            "lengths and log-probs of the held-out responses are not computed: %s", error.what
+        )
         return found
     for example in examples:
         number, k = map(int, example["id"].split())

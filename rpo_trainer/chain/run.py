@@ -334,7 +334,7 @@ class _Chain:
         stage, label = inputs.stage, self.preparer.label(inputs.stage)
         assert inputs.train is not None
         with distributed.raise_on_all_ranks():
-            # For sampled examples, the number is known only now.
+            # The number of sampled examples is known only now.
             check_warmup(stage, len(inputs.train))
             config = self.preparer.settings(stage, self.run_dir)
         self.progress.phase("loading model")

@@ -23,7 +23,7 @@ from rpo_trainer.stages.record import CHAIN_FILE
 logger = logging.getLogger(__name__)
 
 _LOCK = ".lock"
-_REPLACED = ".replaced"  # added to the name of a run directory while another takes its place
+_REPLACED = ".replaced"  # added to the name of a run directory while it is being replaced
 
 
 def check_run_dir(run_dir: Path) -> None:
@@ -139,7 +139,7 @@ class ReplacedRun:
     """A run directory that another run replaces: moved aside, then deleted or put back.
 
     It is deleted once the new run has passed its checks (`delete`), and put back if these fail, so that
-    a mistake in the recipe does not cost the old results.
+    a mistake in the recipe does not delete the old results.
 
     Raises:
         RunError: the directory is not a run directory, is in use, or cannot be moved.

@@ -203,7 +203,7 @@ def plain(
 ) -> tuple[list[dict[str, Any]], dict[str, Any], int, dict[str, Any] | None]:
     """Return the arguments of `ChainState.adopt`: specs of the stages, model, seed and `eval`.
 
-    A chat template file is given by its name and a digest of its text.
+    A chat template file is recorded by its name and a digest of its text.
     """
     specs = [stage.model_dump(mode="json") for stage in stages]
     model = recipe.model.model_dump(mode="json")

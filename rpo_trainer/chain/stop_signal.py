@@ -70,7 +70,7 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
     def output_written(self) -> None:
-        """Stop now if a signal has come: the stage is complete on disk."""
+        """Stop now if a signal has arrived: the stage is complete on disk."""
         self.busy = False
         self.raise_if_stopped()
 

@@ -44,7 +44,7 @@ def _device() -> str:
 
 
 def _memory() -> int | None:
-    """Memory of this host in bytes; None if the platform does not tell."""
+    """Return the memory of this host in bytes, or None if the platform does not report it."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
@@ -52,7 +52,7 @@ def _memory() -> int | None:
 
 
 def _launcher() -> str:
-    """What started this process, from the variables that launchers set."""
+    """Return the launcher of this process, from the environment variables that launchers set."""
     variables = os.environ
     if "ACCELERATE_MIXED_PRECISION" in variables:
         return "accelerate launch"

@@ -28,7 +28,7 @@ class TimeLeft:
 
     Args:
         stages: all stages of the chain, in order.
-        planned: optimizer steps by stage, where known; read at each estimate.
+        planned: optimizer steps by stage, if known; read at each estimate.
     """
 
     def __init__(self, stages: Sequence[Stage], planned: Mapping[str, int]) -> None:

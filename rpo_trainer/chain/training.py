@@ -99,7 +99,7 @@ def _resume_from(folder: Path) -> Path | None:
     for later in checkpoints(folder):
         if later == found:
             break
-        shutil.rmtree(later)  # damaged: must not remain beside newer checkpoints
+        shutil.rmtree(later)  # damaged: must not remain next to newer checkpoints
     return found
 
 

@@ -169,7 +169,7 @@ def adapt(
 
 
 def _read_of_common(kind: Kind) -> set[str]:
-    """Columns that are read in addition to those of a format."""
+    """Return the columns that are read in addition to those of a format."""
     read = {"id", "system", "tools", COLUMN}
     if kind in ("pair", "prompt"):
         read.add("ground_truth")
@@ -214,7 +214,7 @@ def _check_no_prompt_unread(rows: Sequence[Row], missed: Sequence[str], where: s
     likely = [c for c in missed if c.lower() in _PROMPT_NAMES]
     if likely:
         raise DataError(
-            f"no column `prompt`, and the columns {', '.join(missed)} are not read",
+            f"the column `prompt` is missing, and the columns {', '.join(missed)} are not used",
             code="data.missing-prompt",
             where=where,
             why="one of them may hold the prompt",

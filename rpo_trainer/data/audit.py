@@ -38,10 +38,10 @@ FLAT = 0.55  # σ(target gap) below which a target carries almost no information
 
 
 class Audit(AuditCounts):
-    """The counts of one data set, and the messages made from them."""
+    """The counts of one data set, and the messages about them."""
 
     def leave_out_all(self, reason: str, rows: Sequence[Row], kept: Sequence[Row]) -> None:
-        """Count the rows that are not in `kept`, and count repeated prompts again, in `kept` alone."""
+        """Count the rows that are not in `kept`, and count repeated prompts again, in `kept` only."""
         own = {id(row) for row in kept}
         for row in rows:
             if id(row) not in own:
@@ -74,7 +74,7 @@ class Audit(AuditCounts):
         if best > LONGER * worst:
             self.remark(
                 f"chosen responses are much longer than rejected ones "
-                f"({best:.0f} and {worst:.0f} characters on average): the model may learn length"
+                f"({best:.0f} and {worst:.0f} characters on average): the model may learn to prefer length"
             )
         if len(gaps) > 1 and gaps[0] == gaps[-1]:
             self.remark(f"all reward gaps are equal ({gaps[0]:g})")
@@ -109,14 +109,14 @@ class Audit(AuditCounts):
         if 2 * wide > len(gaps):
             self.remark(
                 f"{where}the target gap is so large that its sigmoid is 0 or 1 in {wide} of "
-                f"{len(gaps)} rows, where RPO is no different from DPO: use a smaller reward_scale"
+                f"{len(gaps)} rows, where RPO is equivalent to DPO: use a smaller reward_scale"
             )
         limit = math.log(FLAT / (1 - FLAT))
         flat = sum(abs(gap) < limit for gap in gaps)
         if 2 * flat > len(gaps):
             self.remark(
                 f"{where}the target gap is so small that its sigmoid is within {FLAT - 0.5:g} of 1/2 in "
-                f"{flat} of {len(gaps)} rows, from which RPO learns almost nothing: use a larger reward_scale"
+                f"{flat} of {len(gaps)} rows, which carry almost no signal: use a larger reward_scale"
             )
         return 2 * max(wide, flat) > len(gaps)
 
@@ -249,7 +249,9 @@ class Audit(AuditCounts):
             several = ", ".join(f"{source} {rows:,}" for source, rows in self.read.items())
             names = f" ({several})" if len(self.read) > 1 else f" from {next(iter(self.read))}"
             kept = f", {sum(self.kept.values()):,} kept" if self.kept else ""
-            parts.append(f"{total:,} rows read{names}{kept}")
+            held = sum(self.left_out.get(HELD_OUT, {}).values())
+            set_aside = f", {held:,} held out (eval_fraction)" if held else ""
+            parts.append(f"{total:,} rows read{names}{kept}{set_aside}")
         if self.replay:
             parts.append("{rows:,} rows of stage {stage} replayed".format(**self.replay))
         parts += self._settings()
@@ -271,7 +273,7 @@ class Audit(AuditCounts):
         return lines
 
     def _settings(self) -> list[str]:
-        """Results of the filter, the calibration and the judge."""
+        """Return the results of the filter, the calibration and the judge."""
         lines = [filtered(self.filter)] if self.filter else []
         if self.calibration:
             how = {
@@ -297,7 +299,5 @@ class Audit(AuditCounts):
             lines.append(f"{name}: {q['rated']:g} ratings{spread}")
         for name, q in self.lengths().items():
             what = "tokens of rows longer than max_length" if name == TOO_LONG else f"{name} tokens"
-            lines.append(
-                f"{what}: median {q['median']:g}, 95th percentile {q['p95']:g}, max {q['max']:g}"
-            )
+            lines.append(f"{what}: median {q['median']:g}, p95 {q['p95']:g}, longest {q['max']:g}")
         return lines

@@ -123,7 +123,7 @@ class AuditCounts:
         self._lengths.setdefault(TOO_LONG, []).append(tokens)
 
     def add_tokenized(self, other: AuditCounts) -> None:
-        """Add the counts of another audit, made while tokenizing further rows of the same data set."""
+        """Add the counts of another audit, from tokenizing further rows of the same data set."""
         for source, rows in other.kept.items():
             self.kept[source] = self.kept.get(source, 0) + rows
         for mine, theirs in ((self.dropped, other.dropped), (self.warnings, other.warnings)):

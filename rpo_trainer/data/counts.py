@@ -43,11 +43,11 @@ WARNINGS = {
     "truth_not_chosen": "the ground truth is not one of the responses; the best one is chosen",
     "undecided_responses_removed": "responses without a consistent verdict removed",
     "blank_responses_removed": "blank responses removed",
-    "messages_as_text": "a JSON list of messages read as text, since few values of the column are one",
+    "messages_as_text": "a JSON list of messages read as text, since few values of the column are such lists",
     "unusable_rewards": "rewards that are not numbers, ignored by this stage",
     "tools_not_rendered": "`tools` not rendered: no chat template, or the template omits them",
-    "text_left_out": "assistant text that the chat template leaves out (thinking, ...) or treats as thinking",
-    "prompt_text_left_out": "text of a system, user or tool turn that the chat template leaves out",
+    "text_left_out": "assistant text that the chat template omits (thinking, ...) or treats as thinking",
+    "prompt_text_left_out": "text of a system, user or tool turn that the chat template omits",
     "truncated": "truncated to max_length",
 }
 # Rows that are neither used nor dropped because of a setting of the recipe.
@@ -183,12 +183,12 @@ class Differences:
 
 
 def percent(part: int, whole: int) -> str:
-    """Format a fraction: `83 %`, `0.4 %`; 0 % only if it is zero, and 100 % only if it is one."""
+    """Format a fraction: `83%`, `0.4%`; 0% only if it is zero, and 100% only if it is one."""
     share = min(1.0, part / whole) if whole else 1.0
     if share > 0.995 and part < whole:
-        return "over 99 %"
+        return "over 99%"
     digits = 0 if share >= 0.1 else 1
-    return "under 0.1 %" if 0 < share < 0.0005 else f"{100 * share:.{digits}f} %"
+    return "under 0.1%" if 0 < share < 0.0005 else f"{100 * share:.{digits}f}%"
 
 
 def filtered(found: dict[str, Any]) -> str:

@@ -90,7 +90,8 @@ def find_format(columns: Collection[str], kind: Kind, name: str | None, where: s
         why=f"they match {other!r}, which is for {_PURPOSE[FORMATS[other].kind]}"
         if other
         else None,
-        fix=f"map the columns with `columns: {{ours: theirs}}`{_nearest(table, kind, columns)}; formats: "
+        fix="map the columns with `columns: {expected name: name in the file}`"
+        f"{_nearest(table, kind, columns)}; formats: "
         + "; ".join(f"{n} ({', '.join(f.required)})" for n, f in table.items() if f.kind == kind),
     )
 

@@ -35,15 +35,14 @@ def filter_rows(rows: Sequence[Row], spec: FilterSpec | None, audit: Audit) -> l
 
     The reward gap of a row is the reward of its first response minus that of its last (best and worst), not
     scaled by η. A row passes `min_gap` if its gap is at least as large. The chosen reward is checked last,
-    among
-    the rows that pass everything else: it must be at least `min_chosen_reward`, at least the
+    among the rows that pass everything else: it must be at least `min_chosen_reward`, at least the
     `min_chosen_quantile` of these rows, or in their `keep_top_fraction` (the earlier row wins a tie). A
     chosen response that is the ground truth always passes. Rows without rewards pass if no threshold is
     set. `audit.filter` counts the rows that pass.
 
     Raises:
-        DataError: a threshold is set and rows have no rewards; more than 0.5 % of the rows are reversed
-            (`reversed: error`); or no row is left.
+        DataError: a threshold is set and rows have no rewards; more than 0.5% of the rows are reversed
+            (`reversed: error`); or no rows are left.
     """
     used = spec or _NoFilter()
     if used.min_gap is not None or _quality(used) is not None:

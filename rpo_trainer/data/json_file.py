@@ -154,14 +154,14 @@ def parse(text: str, where: str, *, last: bool) -> Any:
         raise error.at(where) from None
     except ValueError:  # valid JSON that Python refuses
         raise DataError(
-            "an integer with thousands of digits",
+            "the row contains an integer with thousands of digits",
             code="data.huge-number",
             where=where,
             fix="write it as text",
         ) from None
     except RecursionError:
         raise DataError(
-            "JSON nested too deeply",
+            "the JSON is nested too deeply",
             code="data.nested-too-deeply",
             where=where,
             why="JSON readers limit the depth",
@@ -201,7 +201,7 @@ def _no_lone_surrogates(value: Any, where: str) -> None:
                 "a text contains a lone surrogate (\\ud800 to \\udfff)",
                 code="data.lone-surrogate",
                 where=where,
-                why="it is not a valid character, and tokenizers refuse it",
+                why="it is not a valid character, and tokenizers reject it",
                 fix="write both surrogates, or the character itself",
             )
     elif isinstance(value, dict):

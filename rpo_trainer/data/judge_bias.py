@@ -49,7 +49,7 @@ def bias_lines(found: dict[str, Any]) -> list[str]:
     if found["first_position"] is not None:
         lines.append(
             f"judge: {found['first_position']:.0%} of its verdicts are for the answer shown first "
-            "(50 % without position bias)"
+            "(50% without position bias)"
         )
     if found["longer_wins"] is not None:
         lines.append(f"judge: the longer answer wins {found['longer_wins']:.0%} of the time")

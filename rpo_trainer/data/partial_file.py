@@ -66,7 +66,7 @@ def read_partials(path: Path, key: str, total: int) -> dict[int, Fields]:
 
 
 def discard_partials(path: Path, key: str) -> None:
-    """Delete the unfinished work for `path` that was made of other rows or settings."""
+    """Delete the unfinished work for `path` that was created from other rows or settings."""
     for partial in partial_paths(path):
         if partial.is_file() and any(own != key for own, _, _ in _read(partial)[0]):
             partial.unlink()
@@ -85,7 +85,7 @@ class PartialFile:
         results, damaged = _read(self.path) if self.path.exists() else ([], 0)
         if damaged:
             logger.warning(
-                "%s: %d damaged lines are ignored, and their rows are computed again",
+                "%s: %d damaged lines are ignored, and their rows are recomputed",
                 self.path, damaged,
             )  # fmt: skip
         # Rewritten, not truncated at the first damaged line: the results after it may be expensive.

@@ -25,9 +25,9 @@ CODE, GENERAL = "quickstart/code", "quickstart/general"
 SPLITS = ("train", "preference", "heldout")
 TEACHER_ACCURACY = 0.6
 
-# A hash of its text assigns every prompt to one split: 60 %, 30 %, 10 %.
+# A hash of its text assigns every prompt to one split: 60%, 30%, 10%.
 _SPLIT_OF_BUCKET = ("train",) * 6 + ("preference",) * 3 + ("heldout",)
-# Few letters and small numbers, so that a model with a million parameters learns in a few minutes.
+# Few letters and small numbers, so that a model with a million parameters can be trained in minutes.
 _LETTERS = "abcdefghij"
 # Consecutive draws without a new prompt after which a split counts as exhausted.
 _MISSES = 2000
@@ -179,8 +179,7 @@ def require_known(what: str, name: str, known: tuple[str, ...], *, code: str) ->
 
 
 def character_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with 100 tokens: printable ASCII and newline, one per character, and 4 special
-    tokens.
+    """Return a tokenizer with 100 tokens: 96 characters (printable ASCII and newline), and 4 special ones.
 
     `<s>` begins a text, `</s>` ends a response, `<pad>` pads, and any other character is `<unk>`. It has no
     chat template.

@@ -53,7 +53,7 @@ def rating_targets(
     known = {name for row in rows for name, value in row["attributes"].items() if value is not None}
     if missing := [name for name in attributes if name not in known]:
         raise DataError(
-            f"no row has a rating of {', '.join(missing)}",
+            f"none of the rows has a rating of {', '.join(missing)}",
             code="data.unrated-attribute",
             why=f"the rated attributes are: {', '.join(sorted(known)) or 'none'}",
             fix="use the attribute names of the data",

@@ -214,7 +214,7 @@ def is_intact(path: Path) -> bool:
     if not path.is_file():
         return False
     if (fault := verify_digest(path)) is not None:
-        logger.warning("%s is damaged (%s): its rows are computed again", path, fault)
+        logger.warning("%s is damaged (%s): its rows are recomputed", path, fault)
         path.unlink()
         return False
     return True

@@ -328,5 +328,5 @@ def _read_hub(name: str, split: str | None) -> list[dict[str, Any]]:
             where=name,
             fix="check the path (relative to the recipe), the hub name and the network",
         ) from None
-    # With `split`, `load_dataset` returns that split alone.
+    # With `split`, `load_dataset` returns only that split.
     return _rows_of(data, split if isinstance(data, dict) else None, name)

@@ -113,7 +113,7 @@ def _wait(child: int) -> str | None:
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return None if os.waitstatus_to_exitcode(status) == 0 else "needs too much memory"
+            return None if os.waitstatus_to_exitcode(status) == 0 else "uses too much memory"
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
     with suppress(ProcessLookupError):

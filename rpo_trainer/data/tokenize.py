@@ -63,7 +63,7 @@ def tokenize_rows(
 
     Raises:
         DataError: rows are messages and there is no chat template; the template refuses rows, or the turns
-            cannot be found in its output; no row is left.
+            cannot be found in its output; no rows are left.
         ModelError: the tokenizer has no EOS token or no offsets.
     """
     import datasets
@@ -91,7 +91,7 @@ def tokenize_rows(
         if audit.dropped and {*audit.dropped} <= ALIKE:
             fix += "; sample more responses per prompt, or increase the temperature"
         raise DataError(
-            "no row is left to train on",
+            "no rows are left to train on",
             code="data.no-rows-left",
             why="; ".join(audit.summary_lines()) or "there were no rows",
             fix=fix,

@@ -321,7 +321,7 @@ class ChatRenderer:
         except (jinja2.TemplateError, TemplateLimit, MemoryError, *UNREADABLE) as error:
             said = str(error) or type(error).__name__
             raise RowError(
-                f"the chat template refuses the row ({said})", code="template.refuses-row"
+                f"the chat template rejects the row ({said})", code="template.refuses-row"
             ) from None
         return str(text)
 

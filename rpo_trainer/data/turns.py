@@ -73,7 +73,7 @@ class TurnFinder:
         """Return the text to train on and the spans of these turns.
 
         If the template renders the turns before the last one differently when it is present, but with the
-        same opening, the last turn is appended to its generation prompt. An example are templates that put
+        same opening, the last turn is appended to its generation prompt. For example, some templates put
         the system prompt into the last user turn.
         """
         last = len(self.messages) - 1

@@ -16,5 +16,5 @@ sharding          sharded weights: gathering, naming and saving them in full
 dtypes            frozen weights in the dtype of the arithmetic, trained ones in float32
 unwrap            the transformers model inside DDP, FSDP, DeepSpeed and PEFT
 delivered         a model directory copied in another dtype
-saved_files       files saved beside the weights: end tokens, generation config, tokenizer, processor
+saved_files       files saved next to the weights: end tokens, generation config, tokenizer, processor
 """

@@ -23,7 +23,7 @@ BASE = "adapter_base.json"  # path of the base relative to the adapter, so that 
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a directory holds an adapter and no full model; the base's config may be beside it."""
+    """Whether a directory holds an adapter and no full model; the base's config may be next to it."""
     return (folder / CONFIG).is_file() and not has_weights(folder)
 
 
@@ -65,7 +65,7 @@ def base_of(folder: Path) -> str:
             "the adapter does not name its base model",
             code="adapter.no-base",
             where=str(folder / CONFIG),
-            why="an adapter is only valid for its base",
+            why="an adapter works only with the base model that it was trained on",
             fix="set base_model_name_or_path to the model's directory or hub name",
         )
     for local in (folder / Path(name).expanduser(), Path(name).expanduser()):
@@ -138,9 +138,9 @@ def require_complete(model: Any, folder: Path) -> None:
 
 
 def _as_loaded(model: Any, stored: Mapping[str, tuple[str, list[int]]]) -> dict[str, list[int]]:
-    """Shapes of an adapter's tensors under the names that PEFT gives them when loading.
+    """Return the shapes of an adapter's tensors under the names that PEFT uses when loading.
 
-    Adapters of mixtures of experts made with transformers 4 have one pair for each expert.
+    Adapters of mixtures of experts created with transformers 4 have one pair for each expert.
     """
     from peft.utils.transformers_weight_conversion import (
         convert_peft_adapter_state_dict_for_transformers as convert,

@@ -30,7 +30,7 @@ def require_supported_method(config: PeftConfig) -> None:
     if config.is_prompt_learning:
         why = (
             "its virtual tokens precede a row, and a packed row holds many examples, "
-            "of which only the first would see them"
+            "of which only the first could attend to them"
         )
     elif kind in _NOT_WEIGHTS:
         why = _NOT_WEIGHTS[kind]
@@ -63,7 +63,7 @@ def require_plain_start(config: PeftConfig) -> None:
             f"init_lora_weights={start!r} is computed from data in a step that trainers do not have",
             code="adapter.data-start",
             why="without that step PEFT uses other weights or fails",
-            fix="wrap the model yourself as PEFT's documentation says and pass the wrapped model, "
+            fix="wrap the model yourself as described in PEFT's documentation and pass the wrapped model, "
             "or use another initialization (pissa, olora, orthogonal)",
         )
 

@@ -39,7 +39,7 @@ def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
         raise ModelError(
             f"the adapter method {config.peft_type} cannot also train {', '.join(parts)}",
             code="adapter.cannot-save-parts",
-            why="these modules are new, or the head of a reward model: frozen, they would stay random",
+            why="these modules are newly initialized, and would stay random if they were frozen",
             fix="use LoRA",
         )
     asked = getattr(config.task_type, "value", config.task_type)
@@ -58,7 +58,7 @@ def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
 
 
 def _heads(classifier: Any) -> list[str]:
-    """Names of a classifier's modules beside its decoder."""
+    """Return the names of a classifier's modules other than its decoder."""
     return [
         name
         for name, part in classifier.named_children()
@@ -174,7 +174,7 @@ def require_trained_parts(model: nn.Module) -> None:
         raise ModelError(
             f"{', '.join(frozen[:4])} are newly initialized, and the adapter neither trains nor saves them",
             code="adapter.frozen-random-parts",
-            why="the files that the model was loaded from do not have them",
+            why="the model's files do not contain them",
             fix='name their modules in modules_to_save of the adapter\'s config (task_type="SEQ_CLS" '
             "includes the head of a reward model), or pass the model and peft_config",
         )
@@ -185,8 +185,8 @@ def require_trained_parts(model: nn.Module) -> None:
     heads = [name for name in _heads(inner) if not _trains(inner, name)]
     if heads and is_main():
         logger.warning(
-            "the adapter leaves the head of the reward model (%s) frozen and does not save it: that is "
-            "right only if it was trained before and the base keeps it",
+            "the adapter leaves the head of the reward model (%s) frozen and does not save it: this is "
+            "correct only if the head is already trained and saved with the base",
             ", ".join(heads),
         )
 
@@ -196,6 +196,6 @@ def _trains(inner: nn.Module, part: str) -> bool:
 
 
 def _plain_name(name: str) -> str:
-    """A parameter's name without the prefix of `modules_to_save`."""
+    """Return a parameter's name without the prefix of `modules_to_save`."""
     before, mark, after = name.partition(".modules_to_save.")
     return before + "." + after.partition(".")[2] if mark else name

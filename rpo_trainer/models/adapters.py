@@ -1,7 +1,7 @@
 """PEFT adapters: created, loaded and merged without a change of the model's outputs.
 
 This is verified on a few random tokens: a new adapter must not change the log-probs, and a merged model must
-give those of the adapted one.
+have those of the adapted one.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
             code="adapter.bad-config",
             where="peft",
             why="the settings conflict with each other or with this model",
-            fix="correct them: target_modules names layers of the model, r and lora_alpha are numbers",
+            fix="correct them: target_modules names layers of the model; r and lora_alpha are numbers",
         ) from error
     adapter_in_float32(wrapped)
     try:
@@ -99,7 +99,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
 
 
 def _odd_targets(wrapped: nn.Module) -> list[str]:
-    """Names of adapted linear layers whose class overrides forward."""
+    """Return the names of adapted linear layers whose class overrides forward."""
     layers = ((name, getattr(part, "base_layer", None)) for name, part in wrapped.named_modules())
     return sorted(
         {
@@ -114,7 +114,7 @@ def _odd_targets(wrapped: nn.Module) -> list[str]:
 
 @contextmanager
 def randomized_zero_init(model: nn.Module) -> Iterator[None]:
-    """Give zero-initialized adapter parameters random values inside, so that they have an effect."""
+    """Set zero-initialized adapter parameters to random values inside, so that they have an effect."""
     zeros = [
         p
         for p in (model.parameters() if is_adapted(model) and whole_on_every_rank(model) else ())
@@ -148,7 +148,7 @@ def starts_as(model: nn.Module, other: nn.Module) -> bool:
 
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:
-    """Base weights under their names without the adapter."""
+    """Return the base weights under their names without the adapter."""
     kept = {}
     for name, tensor in transformers_model(model).state_dict().items():
         plain = re.sub(r"(\.base_layer)+\.", ".", name).replace(".original_module.", ".")
@@ -170,7 +170,7 @@ def lowest_precision(model: nn.Module) -> torch.dtype:
 
 
 def _answers(model: nn.Module) -> Tensor | None:
-    """Log-probs (scores of a classifier) on a few random tokens; None if the weights are sharded."""
+    """Return log-probs (or scores) for a few random tokens, or None if the weights are sharded."""
     if not whole_on_every_rank(model):
         return None
     inner = transformers_model(model)
@@ -280,12 +280,12 @@ def check_unread(folder: Path, base: nn.Module, where: str) -> None:
 
 
 def merged(model: Any) -> PreTrainedModel:
-    """Merge the adapter into the model, which stays trainable and gives the same outputs.
+    """Merge the adapter into the model, which stays trainable and has the same outputs.
 
     Tied embeddings and head are untied if the adapter has changed only one of them.
 
     Raises:
-        ModelError: the method cannot be merged, or the merged model gives other outputs.
+        ModelError: the method cannot be merged, or the merged model has other outputs.
     """
     before = _answers(model)
     tied = _untie(model.get_base_model())

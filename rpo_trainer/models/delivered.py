@@ -1,4 +1,4 @@
-"""A model directory copied in another dtype: what a stage delivers, beside the exact float32 weights."""
+"""A model directory copied in another dtype: the output of a stage, next to the exact float32 weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CONFIG = "config.json"
 
 
 def config_dtype(config: Any) -> torch.dtype | None:
-    """The dtype that a model's configuration names, or that of its text part; None: neither does."""
+    """Return the dtype in a model's configuration, or in that of its text part; None if neither has one."""
     for part in (config, config.get_text_config()):
         found = getattr(part, "dtype", None)
         found = getattr(torch, found, None) if isinstance(found, str) else found
@@ -39,7 +39,7 @@ def copy_in_dtype(
     """Copy a model directory with its float32 weights cast to `dtype`, one file in memory at a time.
 
     Args:
-        source: a whole model in safetensors, as `save_pretrained` writes it.
+        source: a full model in safetensors, as `save_pretrained` writes it.
         target: replaced if it exists.
         kept: names of weights that stay float32, see `kept_in_float32`.
 
@@ -75,7 +75,7 @@ def copy_in_dtype(
 def _cast_file(
     path: Path, target: Path, dtype: torch.dtype, kept: re.Pattern[str] | None
 ) -> str | None:
-    """Cast one file; the name of a weight that does not fit, or None."""
+    """Cast one file; return the name of a weight that does not fit, or None."""
     tensors: dict[str, Tensor] = {}
     with safe_open(path, "pt") as file:
         metadata = file.metadata()

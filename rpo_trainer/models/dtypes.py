@@ -23,7 +23,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype as recipes and configurations have it: `bfloat16`."""
+    """Return the name of a dtype as in recipes and configurations: `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -45,15 +45,15 @@ def warn_of_rounding(
         )  # fmt: skip
     if held_in_float32 and dtype != torch.float32:
         logger.warning(
-            "%s: DeepSpeed needs one dtype for all weights: frozen base weights of %s are held in float32",
+            "%s: DeepSpeed requires one dtype for all weights: frozen base weights of %s are kept in float32",
             stage, dtype_name(dtype),
         )  # fmt: skip
 
 
 def kept_in_float32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:
-    """Names of the weights that transformers loads in float32 whatever `dtype` says; None: no such weights.
+    """Return a pattern of the weights that transformers always loads in float32, or None.
 
-    These are the model class's `_keep_in_fp32_modules` (float16 alone) and `_keep_in_fp32_modules_strict`.
+    These are the model class's `_keep_in_fp32_modules` (float16 only) and `_keep_in_fp32_modules_strict`.
     """
     inner = transformers_model(model)
     fields = ["_keep_in_fp32_modules_strict"]
@@ -103,7 +103,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def adapter_in_float32(model: nn.Module) -> bool:
-    """Cast what an adapter trains to float32 in place, modules that it saves whole among it.
+    """Cast what an adapter trains to float32 in place, including modules that it saves in full.
 
     PEFT does so for the matrices of an adapter, and leaves `modules_to_save` in the dtype of the base.
     Modules in float32 between others in a lower dtype cast their inputs, and their outputs back, as PEFT's

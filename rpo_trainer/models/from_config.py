@@ -31,11 +31,11 @@ def auto_class(config: Any, *, reward: bool, where: str) -> Any:
 
     Args:
         config: the checkpoint's.
-        reward: accept a reward model, or a policy to make one from.
+        reward: accept a reward model, or a policy to create one from.
 
     Raises:
         ModelError: a reward model where a policy is needed (its language head would be random), or a model
-            that cannot run on text alone (see `language_model_class`).
+            that cannot run on text only (see `language_model_class`).
     """
     names = map(str, getattr(config, "architectures", None) or ())
     if not any(name.endswith(CLASSIFIER) for name in names):
@@ -45,7 +45,7 @@ def auto_class(config: Any, *, reward: bool, where: str) -> Any:
             "this is a reward model (a sequence classifier), not a policy",
             code="model.not-a-policy",
             where=where,
-            why="it has no language head, so it gives no log-probs",
+            why="it has no language head, so it cannot compute log-probs",
             fix="start from a causal language model",
         )
     return AutoModelForSequenceClassification
@@ -58,7 +58,7 @@ def make_config(settings: dict[str, Any]) -> Any:
         known = AutoConfig.for_model(settings["model_type"])
         config = AutoConfig.for_model(**settings)
     except (*_CONFIGURATION_ERRORS, StrictDataclassError) as error:
-        # Of an unknown model_type, what follows is the list of all known ones.
+        # For an unknown model_type, the list of all known ones follows.
         what = last_line(error).split(" Should contain one of")[0]
         raise ModelError(
             f"this is not a model configuration: {type(error).__name__}: {what}",
@@ -84,7 +84,7 @@ def make_config(settings: dict[str, Any]) -> Any:
 def make_random_model(
     settings: dict[str, Any], seed: int, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """Make a model of this configuration with weights drawn by `seed`, the same ones in every dtype."""
+    """Create a model of this configuration with weights drawn with `seed`, the same in every dtype."""
     config = make_config(settings)
     set_seed(seed)
     factory = auto_class(config, reward=False, where="model.from_config")

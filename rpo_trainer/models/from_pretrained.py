@@ -72,7 +72,7 @@ def load_complete(
         settings: further arguments of `from_pretrained`.
 
     Raises:
-        ModelError: missing, unexpected or mismatched tensors; an adapter beside the model; a damaged
+        ModelError: missing, unexpected or mismatched tensors; an adapter next to the model; a damaged
             generation config.
         OSError, ValueError, ...: see `LOADING_ERRORS`.
     """
@@ -127,7 +127,7 @@ def _complete_multimodal(
     )
     if not files and not Path(source).is_dir() and is_main():
         logger.warning(
-            "%s: no processor files were found (%s): the output will have none, and needs them to "
+            "%s: no processor files were found (%s); the output lacks them, but requires them to "
             "accept images or sound",
             where, ", ".join(PROCESSOR_FILES),
         )  # fmt: skip
@@ -141,7 +141,7 @@ _FIX = (
 
 
 def refuse_adapter(where: str) -> None:
-    """Raise ModelError if a directory holds a PEFT adapter, alone or beside a model."""
+    """Raise ModelError if a directory holds a PEFT adapter, alone or next to a model."""
     folder = Path(where)
     if (folder / ADAPTER_CONFIG).is_file():
         raise _adapter_there(where, beside=has_weights(folder))
@@ -149,10 +149,10 @@ def refuse_adapter(where: str) -> None:
 
 def _adapter_there(where: str, *, beside: bool) -> ModelError:
     return ModelError(
-        f"this directory holds a PEFT adapter{' beside a model' if beside else ', not a full model'}",
+        f"this directory holds a PEFT adapter{' next to a model' if beside else ', not a full model'}",
         code="model.adapter-in-directory",
         where=where,
-        why="it could be merged, trained further or left out",
+        why="it is not clear whether to merge it, to train it further or to ignore it",
         fix="move the adapter to a separate directory"
         if beside
         else "load its base, then PeftModel.from_pretrained(base, directory, is_trainable=True), and pass "

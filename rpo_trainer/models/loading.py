@@ -75,7 +75,7 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
             "the tokenizer has no end token",
             code="tokenizer.no-end-token",
             where=f"model: {spec.tokenizer or spec.name_or_path}",
-            why="without one, a response has no end, in the data or when it is sampled",
+            why="without one, the end of a response can neither be trained nor recognized in sampling",
             fix="set eos_token in tokenizer_config.json",
         )
     return made
@@ -95,8 +95,8 @@ def load_model(
     """Load the model that the first stage starts from.
 
     Args:
-        dtype: of the weights. Weights that are trained must be float32 whatever `spec.dtype` (the dtype of
-            the arithmetic) says, because steps of 1e-7 are lost in bfloat16 weights.
+        dtype: of the weights. Weights that are trained must be float32 regardless of `spec.dtype` (the dtype
+            of the arithmetic), because steps of 1e-7 are lost in bfloat16 weights.
         quantization: how the linear layers are held, if they are frozen.
         reward: accept a reward model too (see `auto_class`).
     """
@@ -149,7 +149,7 @@ def load_weights(
     """Load a stage's output, or any local model directory.
 
     Args:
-        dtype: of the weights; float32 where they are trained.
+        dtype: of the weights; float32 if they are trained.
         quantization: how the linear layers are held, if they are frozen.
         reward: accept a reward model too (see `auto_class`).
 
@@ -182,7 +182,7 @@ def load_model_named(
     """Load the model of a name or path that a trainer was given.
 
     Args:
-        dtype: of the weights, whatever the dtype of the files; float32 where they are trained, because
+        dtype: of the weights, regardless of the dtype of the files; float32 if they are trained, because
             lower dtypes round small steps away. `bf16` of the arguments is the arithmetic.
         reward: accept a reward model too (see `auto_class`).
         settings: further arguments of `from_pretrained`; a `dtype` that is not None replaces `dtype`.
@@ -222,10 +222,10 @@ def _refuse_kernel(config: Any, where: str) -> None:
     """Refuse a config that names an attention kernel on the hub, which is remote code."""
     if "/" in (name := str(getattr(config, "_attn_implementation", None) or "")):
         raise ModelError(
-            f"the model's configuration names attention code on the hub ({name})",
+            f"the model's configuration loads attention code from the hub ({name})",
             code="model.hub-kernel",
             where=where,
-            why="that code would run here with your permissions",
+            why="that code would run with your permissions",
             fix="remove attn_implementation from config.json",
         )
 
@@ -259,7 +259,7 @@ def _not_loaded(what: str, error: Exception, where: str, *, fix: str | None = No
             f"the {what} cannot be loaded: it requires code from its repository",
             code="model.needs-remote-code",
             where=where,
-            why="that code would run here with your permissions",
+            why="that code would run with your permissions",
             fix=fix
             or "use a model that transformers supports itself; or review the code and set "
             "`trust_remote_code: true` under `model`",
@@ -331,8 +331,8 @@ def _load(
         raise error.at(f"model: {name}") from None
     except LOADING_ERRORS as error:
         offline = (
-            "check the name (it is neither a directory nor in the cache) and the network; to work offline, "
-            f"run `hf download {name}` first"
+            f"give a directory with the model's files (safetensors), or retry with network "
+            f"access; `hf download {name}` fills the cache that is used offline"
         )
         fix = None if known else offline
         raise _not_loaded(what, error, f"model: {name}", fix=fix) from error

@@ -48,7 +48,7 @@ def random_model(
     """Create a model with random weights.
 
     Args:
-        factory: what `language_model_class` gives, or another Auto class.
+        factory: the result of `language_model_class`, or another Auto class.
         settings: `dtype`; by default that of the configuration.
     """
     if isinstance(factory, type) and issubclass(factory, PreTrainedModel):
@@ -59,12 +59,12 @@ def random_model(
 
 
 def is_composite(config: Any) -> bool:
-    """Whether a configuration has a text part beside others."""
+    """Whether a configuration has other parts in addition to the text part."""
     return config.get_text_config() is not config
 
 
 def is_multimodal(config: Any) -> bool:
-    """Whether its models have parts beside a language model."""
+    """Whether its models have parts in addition to a language model."""
     return is_composite(config) or type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
 
 
@@ -105,7 +105,7 @@ def language_model_class(config: Any, where: str) -> Any:
         code="model.no-language-model",
         where=where,
         why="neither AutoModelForCausalLM nor AutoModelForMultimodalLM has a class for it"
-        + (f", and its architectures ({', '.join(named)}) name none" if named else ""),
+        + (f", and its architectures ({', '.join(named)}) do not name one" if named else ""),
         fix=_FIX,
     )
 
@@ -125,7 +125,7 @@ def whole_config(model: Any) -> Any:
 
 
 def _one_of(kinds: Any, named: list[str]) -> Any:
-    """The class of a mapping's entry, which may be several: the named one, or the first."""
+    """Return the class of a mapping's entry: of several, the named one, or the first."""
     several = kinds if isinstance(kinds, tuple) else (kinds,)
     return next((kind for kind in several if kind.__name__ in named), several[0])
 
@@ -135,11 +135,11 @@ def _a(config: Any) -> str:
 
 
 def _require_text(kind: Any, config: Any, where: str) -> None:
-    """Raise ModelError if a class cannot compute log-probs of text alone, by its signature."""
+    """Raise ModelError if a class cannot compute log-probs of text only, by its signature."""
     if getattr(config, "is_encoder_decoder", False) and is_multimodal(config):
         why = "it is an encoder-decoder, whose decoder requires the encoder's output for an image"
     elif getattr(config.get_text_config(), "use_bidirectional_attention", None) in (True, "all"):
-        why = "its text attention is bidirectional: each token would see the one that it predicts"
+        why = "its text attention is bidirectional: each token could attend to the one that it predicts"
     elif not inspect.isfunction(kind.forward) or kind.forward.__name__ != "forward":
         why = "it has no forward; it generates only, from several models"
     elif needed := _required_arguments(kind.forward):
@@ -161,7 +161,7 @@ def _required_arguments(forward: Callable[..., Any]) -> list[str]:
 
 def _not_on_text(name: str, why: str, where: str | None) -> ModelError:
     return ModelError(
-        f"a {name} cannot be trained on text alone",
+        f"a {name} cannot be trained on text only",
         code="model.not-text-only",
         where=where,
         why=why,
@@ -200,7 +200,7 @@ def require_text_forward(model: Any, where: str | None = None) -> None:
 
 
 def _tokens_of(config: Any) -> set[int]:
-    """Tokens that a configuration names, those of images among them."""
+    """Return the token ids in a configuration, including those of images."""
     fields = {**vars(config.get_text_config()), **vars(config)}
     return {v for k, v in fields.items() if "token_i" in k and isinstance(v, int)}
 
@@ -240,7 +240,7 @@ def text_decoder(model: Any) -> Any:
 
 
 def decoder_of(model: Any) -> Any:
-    """Return the module that gives the hidden states of a language model or sequence classifier."""
+    """Return the module that computes the hidden states of a language model or sequence classifier."""
     whole = type(model).__name__.endswith(CLASSIFIER) and not is_composite(model.config)
     return model.base_model if whole else text_decoder(model)
 
@@ -265,7 +265,7 @@ def tower_parameters(model: Any) -> dict[str, nn.Parameter]:
 
 
 def _of_other_configs(decoder: Any) -> Iterator[nn.Module]:
-    """Children of the decoder with a model of another configuration inside."""
+    """Yield the children of the decoder with a model of another configuration inside."""
     for child in decoder.children():
         if any(
             isinstance(part, PreTrainedModel) and type(part.config) is not type(decoder.config)
@@ -275,7 +275,7 @@ def _of_other_configs(decoder: Any) -> Iterator[nn.Module]:
 
 
 def _cross_attention(model: Any, decoder: Any) -> Iterator[nn.Module]:
-    """Layers of the decoder that are skipped without an image (Mllama)."""
+    """Yield the layers of the decoder that are skipped without an image (Mllama)."""
     layers = getattr(decoder, "layers", None)
     numbers = getattr(model.config.get_text_config(), "cross_attention_layers", None)
     if isinstance(layers, nn.ModuleList):
@@ -283,7 +283,7 @@ def _cross_attention(model: Any, decoder: Any) -> Iterator[nn.Module]:
 
 
 def _tower_names(model: nn.Module) -> list[str]:
-    """The largest modules that text does not use, and single parameters."""
+    """Return the largest modules that text does not use, and single parameters."""
     unused = {id(p) for p in tower_parameters(model).values()}
 
     def walk(prefix: str, module: nn.Module) -> Iterator[str]:

@@ -74,19 +74,19 @@ def check_unread(
     where: str,
     trust_remote_code: bool = False,
 ) -> int:
-    """What can be seen of a model before its weights are read.
+    """Check what is known of a model before its weights are loaded.
 
     Args:
         folder: where its files are; None: random weights, or a hub's.
         tokens: of the tokenizer.
-        reward: a reward model will do too (see `auto_class`).
+        reward: accept a reward model too (see `auto_class`).
 
     Returns:
-        The rows of its embeddings, as its configuration says; 0 where it does not.
+        The rows of its embeddings according to its configuration; 0 if unknown.
 
     Raises:
-        ModelError: weights in pickles alone, absent or cut, tensors that are missing, left over or of another
-            shape, a reward model where a policy is wanted, more tokens than embeddings.
+        ModelError: weights that are pickled, missing or truncated; tensors that are missing, unexpected or of
+            another shape; a reward model instead of a policy; more tokens than embeddings.
     """
     factory = auto_class(config, reward=reward, where=where)
     if folder is not None:
@@ -105,7 +105,7 @@ def check_towers(
     """Describe what is frozen of a multimodal model, from its configuration; None if nothing or not known.
 
     Raises:
-        ModelError: its forward does not accept text alone.
+        ModelError: its forward does not accept text without other inputs.
     """
     if not is_multimodal(config):
         return None
@@ -129,7 +129,7 @@ def check_scorer(folder: Path, where: str) -> None:
 def check_written(
     config: Any, folder: Path | None, tokenizer: PreTrainedTokenizerBase | None, where: str
 ) -> str | None:
-    """Test-save the files that a stage which starts from this model saves beside the weights.
+    """Save the files that a stage writes next to the weights, as a test.
 
     Args:
         folder: of the model; None if it has no generation config.
@@ -177,7 +177,7 @@ def check_same_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path, where
     other = next((t for t, i in own.items() if known.get(t, i) != i), None)
     if other is not None:
         raise ModelError(
-            f"the model has a different tokenizer: {other!r} has id {own[other]} there, and "
+            f"the model has a different tokenizer: {other!r} has id {own[other]} in it, and "
             f"{known[other]} in the recipe's",
             code="tokenizer.mismatch",
             details={"token": other, "ids": (own[other], known[other])},
@@ -204,7 +204,7 @@ def check_safetensors(folder: Path, where: str, config: Any = None) -> None:
                 pass
     except (OSError, SafetensorError, ValueError) as error:
         raise ModelError(
-            f"the model cannot be loaded: {name} is damaged or is not a safetensors file "
+            f"the model cannot be loaded: {name} is damaged or not a safetensors file "
             f"({first_line(error)})",
             code="model.damaged-weights",
             where=where,
@@ -226,7 +226,7 @@ def check_safetensors(folder: Path, where: str, config: Any = None) -> None:
     others = [name for name in files if name.endswith(".safetensors")]
     found = f", only {others[0]}, which transformers does not read" if others else ""
     raise ModelError(
-        f"the model cannot be loaded: no weights beside its configuration{found}",
+        f"the model cannot be loaded: there are no weights next to its configuration{found}",
         code="model.no-weights",
         where=where,
         why="the stage could not start",

@@ -42,9 +42,9 @@ def as_reward_model(
 ) -> Any:
     """Create a reward model with these attributes from a causal language model or a reward model.
 
-    The decoder of a language model gets a new head, initialized with `seed`, in place of its own. For a
-    multimodal model without a classifier class, only the text decoder is used, with the text configuration. A
-    sequence classifier is kept as it is.
+    The decoder of a language model gets a new head, initialized with `seed`. For a multimodal model without a
+    classifier class, only the text decoder is used, with the text configuration. A sequence classifier is
+    kept as it is.
 
     Args:
         attributes: names of the scores, in order; None: those of the classifier, or one reward.
@@ -80,7 +80,7 @@ def _names_of(classifier: Any, attributes: Sequence[str] | None) -> tuple[str, .
             f"the reward model scores {', '.join(own)}, not {', '.join(attributes)}",
             code="model.attribute-mismatch",
             where="attributes",
-            why="each score was trained for one attribute, and names decide its weight in the reward",
+            why="each score was trained for one attribute and is weighted by that attribute's name",
             fix="list its attributes in its order, or start from a language model",
         )
     return tuple(attributes)
@@ -125,7 +125,7 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
         raise ModelError(
             f"the sequence classifier of {config.model_type} models is not a decoder with a head",
             code="model.no-sequence-classifier",
-            why=f"the language model has nothing for {', '.join(missing)}",
+            why=f"the language model has no weights for {', '.join(missing)}",
             fix="use a model of another family",
         )
     made.score.to_empty(device=parameter.device).to(parameter.dtype)
@@ -179,7 +179,7 @@ def attributes_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def weights_of(model: nn.Module) -> Tensor:
-    """`[A]`, float64: the weight of each score in the reward; equal weights if the config has none."""
+    """Return `[A]`, float64: the weight of each score in the reward; equal if the config has none."""
     names = attributes_of(model)
     known = getattr(transformers_model(model).config, "reward_weights", None)
     weights = resolve_weights(known, names)

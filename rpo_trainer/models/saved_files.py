@@ -1,4 +1,4 @@
-"""Files saved beside the weights: end tokens, generation config, tokenizer, processor."""
+"""Files saved next to the weights: end tokens, generation config, tokenizer, processor."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _writes(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
                         messages, tokenize=False, add_generation_prompt=prompt
                     )
                 )
-            except Exception as error:  # whatever a template raises
+            except Exception as error:  # any error of a template
                 found.append(type(error))
     return found
 
@@ -207,7 +207,7 @@ def check_savable(
                     part.save_pretrained(place)
                 except OSError:
                     raise
-                except Exception as error:  # whatever a config or a tokenizer raises
+                except Exception as error:  # any error of a config or a tokenizer
                     raise _not_written(what, error, where) from error
     except OSError as error:
         raise RunError(
@@ -262,7 +262,7 @@ class Written:
             self._given = {(k, name): getattr(o, name, _MISSING) for k, o, name in self._fields()}
 
     def align(self, tokenizer: Any) -> None:
-        """Gives the configs the tokenizer's special tokens for the time of the training.
+        """Set the tokenizer's special tokens in the configs for the duration of training.
 
         `transformers.Trainer.train` would do the same, with a warning; outputs keep what `remember` has kept.
         """
@@ -316,7 +316,7 @@ class Written:
 
 
 def set_ends(model: Any, ends: Sequence[int] = ()) -> None:
-    """End of the training in a model's configs, for a model that is written as it stands."""
+    """Configs at the end of training, for a model that is written as it is."""
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         repair_generation(generation)

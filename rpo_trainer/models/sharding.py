@@ -15,8 +15,8 @@ from rpo_trainer.runtime import distributed
 
 
 def whole_on_every_rank(model: nn.Module) -> bool:
-    """False if weights are sharded, or loaded by one rank only until the model is wrapped."""
-    if is_fsdp_enabled():  # its name notwithstanding: memory-saving loading is on
+    """Return False if weights are sharded, or on one rank only until the model is wrapped."""
+    if is_fsdp_enabled():  # despite its name: whether memory-saving loading is on
         return False
     return not has_shards(model) and not any(p.is_meta for p in model.parameters())
 
@@ -61,7 +61,7 @@ def whole(tensor: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def loading_whole() -> Iterator[None]:
-    """Load models inside with all weights on every rank, whatever the engine."""
+    """Load models inside with all weights on every rank, regardless of the engine."""
     from transformers.integrations import deepspeed as integration
 
     name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -82,12 +82,12 @@ def full_state_dict(
 
     Args:
         keep: False takes part in the gathering and returns nothing.
-        trained_only: leave out frozen weights and buffers, except the base weights that PEFT saves beside an
+        trained_only: leave out frozen weights and buffers, except the base weights that PEFT saves next to an
             adapter of the embeddings or the head.
     """
     found: dict[str, Tensor] = {}
     below = _below_adapters(model)
-    known: dict[int, Tensor] = {}  # tied weights stay one
+    known: dict[int, Tensor] = {}  # tied weights are gathered once
     for name, tensor in model.state_dict(keep_vars=True).items():
         if trained_only and not (tensor.requires_grad or name.startswith(below)):
             continue

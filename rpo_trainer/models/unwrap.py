@@ -33,7 +33,7 @@ def transformers_model(model: nn.Module) -> Any:
 
 
 def is_classifier(model: nn.Module) -> bool:
-    """Whether it is a sequence classifier (the class of reward models), not a language model."""
+    """Whether a model is a sequence classifier (the class of reward models), not a language model."""
     return type(transformers_model(model)).__name__.endswith(CLASSIFIER)
 
 

@@ -55,13 +55,13 @@ def weight_files(folder: Path, config: Any = None) -> list[Path]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a directory holds the weights of a whole model, in safetensors or pickled."""
+    """Whether a directory holds the weights of a full model, in safetensors or pickled."""
     names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     return any((folder / name).is_file() for name in names)
 
 
 def tensors_in(files: Iterable[Path]) -> dict[str, tuple[str, list[int]]]:
-    """dtype and shape of each tensor in safetensors files, from their headers."""
+    """Return dtype and shape of each tensor in safetensors files, from their headers."""
     found = {}
     for path in files:
         with safe_open(path, "pt") as file:
@@ -72,12 +72,12 @@ def tensors_in(files: Iterable[Path]) -> dict[str, tuple[str, list[int]]]:
 
 
 def stored_tensors(folder: Path, config: Any = None) -> dict[str, tuple[str, list[int]]]:
-    """dtype and shape of each tensor that a directory's model is loaded from (see `weight_files`)."""
+    """Return dtype and shape of each tensor of a directory's model (see `weight_files`)."""
     return tensors_in(weight_files(folder, config))
 
 
 def stored_dtype(folder: Path, config: Any = None) -> torch.dtype | None:
-    """The floating-point dtype of most weights in a directory's safetensors files; None: it has none.
+    """Return the floating-point dtype of most weights in a directory's safetensors files, or None.
 
     Dtypes of less than 16 bits are those of quantized weights, and are not counted.
     """

@@ -2,7 +2,7 @@
 
 estimate      `plan_recipe`: examples, steps, tokens, memory and disk of each stage; a measured time
 memory        memory of a step and of the reference pass, simulated on fake tensors
-  nf4           4-bit weights there, without bitsandbytes
+  nf4           4-bit weights in the simulation, without bitsandbytes
 engines       memory per device under DDP, FSDP2 and ZeRO; the launch command
 disk          bytes that a run writes, free space, and file system errors
 show          a plan as text

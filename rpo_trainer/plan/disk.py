@@ -143,7 +143,7 @@ def check_disk(
         return
     largest = sorted(needs, key=lambda name: -sum(needs[name].values()))[:3]
     raise RunError(
-        f"the run needs about {size(needed)} of disk space, {size(free)} are free",
+        f"the run needs about {size(needed)} of disk space, but only {size(free)} is free",
         code="run.disk-full",
         where=str(run_dir),
         why="it would stop while saving; the largest stages are "
@@ -168,7 +168,7 @@ def _of_stage(
 
 
 def _held(weights: Any) -> int:
-    return sum(weight.numel() * 4 for weight in weights)  # float32, whatever the arithmetic is
+    return sum(weight.numel() * 4 for weight in weights)  # float32, regardless of the compute dtype
 
 
 def _state(model: nn.Module, stage: Stage) -> int:

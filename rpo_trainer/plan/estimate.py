@@ -142,7 +142,7 @@ class _Planner:
         self.typical: dict[str, tuple[Stage, list[dict[str, Any]]]] = {}
 
     def stage(self, stage: Stage) -> StagePlan:
-        """One stage."""
+        """Plan one stage."""
         if stage.micro_batch_tokens is None:
             where = f"stages.{stage.name}.global_batch_size"
             accumulation_of(stage.global_batch_size, stage.micro_batch_size, self.devices, where)
@@ -180,7 +180,7 @@ class _Planner:
             disk=stage_disk(
                 self.preparer,
                 stage,
-                parameters=4 * self.parameters,  # whatever holds them in training
+                parameters=4 * self.parameters,  # regardless of what holds them in training
                 trained=memory.gradients,
                 optimizer=memory.optimizer,
                 responses=int(examples.response_counts().sum()),
@@ -201,7 +201,7 @@ class _Planner:
         return model
 
     def _examples(self, stage: Stage) -> tuple[Examples, bool]:
-        """Training examples, and whether their responses are assumed because none are sampled yet."""
+        """Return training examples, and whether their responses are assumed (not sampled yet)."""
         inputs = self.preparer.prepare(stage)
         if inputs.train is not None:
             return Examples(inputs.train), False
@@ -247,7 +247,7 @@ class _Planner:
 
 
 def _timed(model: Any, batch: PackedBatch, device: torch.device, dtype: Any) -> float:
-    """Seconds of one forward and backward, the faster of two after a warm-up."""
+    """Return the seconds of a forward and backward pass, the faster of two after a warm-up."""
     seconds = []
     for _ in range(3):
         model.zero_grad()
@@ -264,13 +264,13 @@ def _timed(model: Any, batch: PackedBatch, device: torch.device, dtype: Any) -> 
 
 
 def _micro_batches(examples: Examples, config: BaseConfig) -> list[list[int]]:
-    """The micro-batches of the first epoch."""
+    """Return the micro-batches of the first epoch."""
     collate = PackingCollator("shared", 0, examples)
     sampler: Any = train_loader(
         examples, config, collate, config.per_device_train_batch_size
     ).batch_sampler
     batches = list(sampler)
-    if config.micro_batch_tokens is not None:  # whole steps
+    if config.micro_batch_tokens is not None:  # complete steps
         batches = [batch for step in batches for batch in step]
     return [batch for batch in batches if batch]
 
@@ -278,7 +278,7 @@ def _micro_batches(examples: Examples, config: BaseConfig) -> list[list[int]]:
 def _reference_batch(
     config: BaseConfig, examples: Examples, costs: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """The longest examples, as many as fit in one forward of the reference pass."""
+    """Return as many of the longest examples as fit in one forward pass of the reference log-probs."""
     if not isinstance(config, PreferenceConfig):
         return []
     longest = sorted(range(len(examples)), key=lambda i: -costs[i])
@@ -293,7 +293,7 @@ def _reference_batch(
 
 
 def _steps(stage: Stage, costs: Sequence[int]) -> tuple[int, int]:
-    """Optimizer steps, and the tokens of all their forwards."""
+    """Return the optimizer steps, and the tokens of all their forwards."""
     per_epoch = -(-len(costs) // stage.global_batch_size)
     steps = stage.max_steps or math.ceil(per_epoch * (stage.num_train_epochs or 1.0))
     return steps, round(sum(costs) * steps / per_epoch)

@@ -170,7 +170,7 @@ def optimizer_bytes(model: nn.Module, optim: str) -> int:
 
 @contextmanager
 def _fake() -> Iterator[FakeTensorMode]:
-    """Tensors created inside have no values; small tensors of the plan may be real."""
+    """Create tensors without values inside this context; small tensors of the plan may be real."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
 
@@ -243,12 +243,12 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _bytes_in_float32(tensor: Tensor) -> int:
-    """Bytes as reported: half precision counts as float32."""
+    """Return bytes with half precision counted as float32."""
     return max(4, tensor.element_size()) * tensor.numel()
 
 
 def _held(module: nn.Module, frozen: torch.dtype = torch.float32) -> int:
-    """Bytes of weights and buffers, tied ones once, those in 4 bits left out.
+    """Return the bytes of weights and buffers, tied ones once, without those in 4 bits.
 
     Trained weights and buffers count as float32, frozen weights as `frozen`.
     """
@@ -268,7 +268,7 @@ def _checkpoint_activations(model: Any) -> None:
 
 
 def _layers(model: Any) -> list[nn.Module]:
-    """The decoder's layers: the longest list of modules in the model."""
+    """Return the decoder's layers: the longest list of modules in the model."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return list(max(lists, key=len, default=()))
 
@@ -290,7 +290,7 @@ def _optimizer(optim: str, weights: list[nn.Parameter]) -> Any:
         return factory(weights, **settings)
     except (ValueError, ImportError, RuntimeError) as error:
         raise RecipeError(
-            f"the memory of optimizer {optim!r} cannot be estimated here",
+            f"the memory of optimizer {optim!r} cannot be estimated",
             code="plan.unknown-optimizer",
             where="optim",
             why=f"the optimizer cannot be created: {error}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -40,10 +41,7 @@ _WHY = {
     "union_tag_not_found": "the kind determines the loss and the fields of a stage",
     "string_pattern_mismatch": "the name is a directory in the run directory",
 }
-_CONVERSIONS = (
-    "_type",
-    "_from_float",
-)  # ends of the types of errors of values that are not converted
+_NOT_CONVERTED = re.compile(r".*_(type|from_float)")  # error types of values that are not converted
 
 
 class Words(NamedTuple):
@@ -57,7 +55,7 @@ class Words(NamedTuple):
 
 def why_of(kind: str) -> str | None:
     """Return the reason of an error by pydantic's type; None if the message says it all."""
-    return _WHY.get(kind, NOT_CONVERTED if kind.endswith(_CONVERSIONS) else None)
+    return _WHY.get(kind, NOT_CONVERTED if _NOT_CONVERTED.fullmatch(kind) else None)
 
 
 def recipe_errors(error: ValidationError, origins: Origins) -> list[Located]:

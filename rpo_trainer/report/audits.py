@@ -128,7 +128,7 @@ class AuditView:
             yield Concern(
                 "unread-columns",
                 unread_columns(source, columns),
-                "To use one of them, map it with `columns: {ours: theirs}`.",
+                "To use one of them, map it with `columns: {expected name: name in the file}`.",
             )
 
     def _drops(self, key: str) -> bool:
@@ -155,7 +155,7 @@ class AuditView:
         return sum(reason.rows for reason in self.dropped)
 
     def dropped_fraction(self) -> float | None:
-        """Dropped rows as a fraction of `total`, in [0, 1]; None if unknown."""
+        """Return dropped rows as a fraction of `total`, in [0, 1]; None if unknown."""
         return min(1.0, self.dropped_rows / self.total) if self.total else None
 
     @property

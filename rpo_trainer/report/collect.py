@@ -47,12 +47,12 @@ class Curve:
         return bool(self.values)
 
     def start(self) -> float:
-        """Mean of the first tenth of the logged values (at least one)."""
+        """Return the mean of the first tenth of the logged values (at least one)."""
         head = self.values[: max(1, len(self.values) // 10)]
         return sum(head) / len(head)
 
     def end(self) -> float:
-        """Mean of the last tenth of the logged values (at least one)."""
+        """Return the mean of the last tenth of the logged values (at least one)."""
         tail = self.values[-max(1, len(self.values) // 10) :]
         return sum(tail) / len(tail)
 
@@ -239,7 +239,7 @@ def _read_chain(path: Path, notes: list[str]) -> list[StageRecord]:
 
 
 def _before(evaluation: EvaluationRecord | None) -> StageResults | None:
-    """The baseline as a stage that has only held-out figures."""
+    """Return the baseline as a stage that has only held-out figures."""
     if evaluation is None or evaluation.of_baseline is None or evaluation.baseline is None:
         return None
     name = f"{Path(evaluation.baseline).name}, before"
@@ -260,7 +260,7 @@ def _read_recipe(path: Path, notes: list[str]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _stage_settings(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Recipe fields of a stage; `rpo-2` of a repeated stage `rpo` has the fields of `rpo`."""
+    """Return the recipe fields of a stage; `rpo-2` of a repeated stage `rpo` has those of `rpo`."""
     entries, defaults = recipe.get("stages"), recipe.get("defaults")
     for entry in entries if isinstance(entries, list) else []:
         if not isinstance(entry, Mapping):
@@ -273,7 +273,7 @@ def _stage_settings(recipe: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _read_records(kind: type[LineRecord], path: Path, notes: list[str]) -> list[LineRecord]:
-    """Records of an optional JSONL file of a stage; lines that do not fit are skipped."""
+    """Yield the records of an optional JSONL file of a stage; lines that do not fit are skipped."""
 
     def read() -> Iterator[LineRecord]:
         for row in _read_lines(path, notes, optional=True):
@@ -286,7 +286,7 @@ def _read_records(kind: type[LineRecord], path: Path, notes: list[str]) -> list[
 
 
 def _read_lines(path: Path, notes: list[str], optional: bool = False) -> list[dict[str, Any]]:
-    """Objects of a JSONL file; lines that are not JSON objects are counted in `notes`."""
+    """Return the objects of a JSONL file; other lines are counted in `notes`."""
     if not path.is_file():
         if not optional:
             notes.append(f"{path.name} is missing")
@@ -315,7 +315,7 @@ def _read_lines(path: Path, notes: list[str], optional: bool = False) -> list[di
 
 
 def _number(value: Any) -> float | None:
-    """`value` as a finite float; None for anything else (text, bool, NaN, infinity)."""
+    """Return `value` as a finite float; None for anything else (text, bool, NaN, infinity)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return float(value) if math.isfinite(value) else None

@@ -133,7 +133,7 @@ def _cell(value: Value) -> Text:
 
 
 def _unique_names(folders: Sequence[Path]) -> list[str]:
-    """The last part of each path; more parts where these are the same."""
+    """Return the last part of each path, or more parts if these are equal."""
     for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-parts:]) for folder in folders]
         if len(set(names)) == len(names):
@@ -142,7 +142,7 @@ def _unique_names(folders: Sequence[Path]) -> list[str]:
 
 
 def _final(run: RunResults) -> StageResults | None:
-    """The last stage with held-out figures; without any, the last stage that has begun."""
+    """Return the last stage with held-out figures; without any, the last stage that has started."""
     measured = [stage for stage in run.stages if stage.scores.all() or stage.agreement.accuracy]
     begun = [stage for stage in run.stages if stage.record.state != "pending"]
     return (measured or begun or [None])[-1]  # type: ignore[list-item]
@@ -191,7 +191,7 @@ def _figures_of(stage: StageResults) -> dict[str, Figure]:
 
 
 def _best(found: Sequence[Figure | None], higher: bool | None) -> float | None:
-    """The best value; None if there is nothing to compare, or if better is not defined."""
+    """Return the best value; None if there is nothing to compare or better is not defined."""
     values = [x.measure.value for x in found if x is not None and x.measure is not None]
     if higher is None or len(set(values)) < 2:
         return None
@@ -205,7 +205,7 @@ def _interval(measure: Measure, digits: int) -> str:
 
 
 def _gap(stage: StageResults) -> Value:
-    """The implicit reward gap, and the target gap below it."""
+    """Return the implicit reward gap, and the target gap below it."""
     margins, target = stage.curve("rewards/margins"), stage.curve("rewards/target_gap")
     if not stage.is_preference or not margins:
         return Value()
@@ -230,7 +230,7 @@ def _recipe(run: RunResults) -> Mapping[str, Any]:
 
 
 def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Dotted keys of a recipe; entries of a list are named by their `name`, else by number."""
+    """Return a recipe with dotted keys; list entries are named by their `name`, else by number."""
     if isinstance(value, Mapping) and value:
         items = [(str(name), item) for name, item in value.items()]
     elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
@@ -252,7 +252,7 @@ def _differences(
     settings: Sequence[Mapping[str, Any]], folders: Sequence[Path]
 ) -> list[Difference]:
     keys = dict.fromkeys(key for own in settings for key in own)
-    # Where a run was written and what names its stages repeat says nothing about it.
+    # The run directory, and the names of repeated stages, are not settings of a run.
     left_out = {"run_dir"} | {key for key in keys if key.endswith(".name")}
     found: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for key in keys:
@@ -266,7 +266,7 @@ def _differences(
 
 
 def _key(rest: str, stages: Sequence[str]) -> str:
-    """A key that several stages share with the same values, once."""
+    """Return a key that several stages share with the same values, once."""
     if not rest.startswith("."):
         return rest
     names = stages[0] if len(stages) == 1 else f"{{{','.join(stages)}}}"

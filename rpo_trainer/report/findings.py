@@ -84,7 +84,7 @@ def _change(run: RunResults, stage: StageResults) -> Iterator[Finding]:
 
 
 def _decline(run: RunResults, stage: StageResults) -> Iterator[Finding]:
-    """Several small decreases in a row are unlikely to be noise, even if each one may be."""
+    """Report several decreases in a row: they are unlikely to be noise, even if each may be."""
     main = stage.scores.main()
     if main is None:
         return
@@ -110,7 +110,7 @@ def _decline(run: RunResults, stage: StageResults) -> Iterator[Finding]:
 
 
 def _wins(stage: StageResults) -> Iterator[Finding]:
-    """Win rate against the baseline: the whole interval should be above one half."""
+    """Judge the win rate against the baseline: the entire interval should be above one half."""
     wins = stage.scores.win_rate
     if wins is None or wins.low is None or wins.high is None:
         return
@@ -127,7 +127,7 @@ def _wins(stage: StageResults) -> Iterator[Finding]:
 
 
 def whole_change(run: RunResults) -> str:
-    """The main figure after the last stage, against the start of the first preference stage."""
+    """Return a sentence about the main figure from the first preference stage to the last stage."""
     first = next((stage for stage in run.stages if stage.is_preference), None)
     base = run.seed(first) if first is not None else None
     scored = [stage for stage in run.stages if stage.is_preference and stage.scores.main()]
@@ -151,7 +151,7 @@ def whole_change(run: RunResults) -> str:
 
 
 def _main_name(key: str) -> str:
-    """The name of a main figure, at the start of a sentence."""
+    """Return the name of a main figure for the start of a sentence."""
     name = MAIN_FIGURES[key]
     return name[0].upper() + name[1:]
 
@@ -162,7 +162,7 @@ def _main_value(stage: StageResults, key: str) -> float:
 
 
 def judge_likelihood(stage: StageResults) -> Iterator[Finding]:
-    """Likelihood decline: the chosen responses became less likely than under the reference model."""
+    """Report likelihood decline: chosen responses became less likely than under the reference model."""
     delta = stage.delta("chosen")
     if not delta:
         return
@@ -189,14 +189,16 @@ def judge_likelihood(stage: StageResults) -> Iterator[Finding]:
 
 
 def _rejected_too(stage: StageResults, chosen_change: float) -> str:
-    """What happened to the rejected responses, given that the chosen log-prob fell."""
+    """Describe the change of the rejected responses, given that the chosen log-prob fell."""
     rejected = stage.delta("rejected")
     if not rejected:
         return "Any gap then comes from lowering the rejected responses, not from raising the chosen ones."
     fall = short(-rejected.end())
     if rejected.end() < chosen_change:
-        return f"That of rejected responses fell by {fall}: the whole gap comes from lowering them."
-    return "That of rejected responses did not fall further, so there is no gap either."
+        return (
+            f"That of rejected responses fell by {fall}: the entire gap comes from lowering them."
+        )
+    return "That of rejected responses did not fall further, so the gap is not positive."
 
 
 def _decline_advice(stage: StageResults) -> str:

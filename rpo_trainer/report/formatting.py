@@ -13,7 +13,7 @@ def short(value: float | None, digits: int = 2) -> str:
 
 
 def signed(value: float | None, digits: int = 2) -> str:
-    """Like `short`, with a plus sign for values that are not negative."""
+    """Format like `short`, with a plus sign for values that are not negative."""
     text = short(value, digits)
     return text if value is None or value < 0 else f"+{text}"
 

@@ -95,7 +95,7 @@ def render(run: RunResults, run_dir: Path) -> str:
 
 
 def environment(run_dir: Path) -> jinja2.Environment:
-    """The templates, with the filters `short`, `svg` and `path` (without absolute paths)."""
+    """Return the templates, with the filters `short`, `svg` and `path` (without absolute paths)."""
     made = jinja2.Environment(
         loader=jinja2.PackageLoader("rpo_trainer.report", "."),
         autoescape=True,
@@ -110,7 +110,7 @@ def environment(run_dir: Path) -> jinja2.Environment:
 
 
 def now() -> str:
-    """The current time, for the foot of a page."""
+    """Return the current time, for the footer of a page."""
     return datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
 
 

@@ -79,7 +79,7 @@ class Line:
 
 
 def held_out(curve: Curve) -> Line:
-    """Held-out values, measured at a few steps only."""
+    """Return a line of held-out values, measured at a few steps only."""
     return Line("held out", curve, SECOND, markers=True)
 
 
@@ -89,7 +89,7 @@ def scores_plot(
     greedy: Sequence[Measure | None],
     what: str,
 ) -> Plot | None:
-    """A score after each stage, with its interval; None with fewer than two scored stages."""
+    """Plot a score after each stage, with its interval; None with fewer than two scored stages."""
     series = (("sampled", sampled, FIRST, -0.08), ("greedy", greedy, SECOND, 0.08))
     if not any(sum(found is not None for found in values) >= 2 for _, values, _, _ in series):
         return None
@@ -134,7 +134,7 @@ def line_plot(
     level_label: str = "",
     bounds: tuple[float, float] | None = None,
 ) -> Plot | None:
-    """Curves over optimizer steps, and a dotted horizontal line at `level`; None if all curves are empty."""
+    """Plot curves over optimizer steps and a dotted line at `level`; None if all curves are empty."""
     shown = [line for line in lines if line.curve]
     if not shown:
         return None
@@ -174,7 +174,7 @@ def _draw_curve(axes: Axes, line: Line) -> None:
 
 
 def running_mean(values: Sequence[float], half: int) -> list[float]:
-    """Mean of each value and up to `half` neighbors on both sides, fewer at the ends."""
+    """Return the mean of each value and up to `half` neighbors on both sides, fewer at the ends."""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
@@ -194,7 +194,7 @@ def bars(
     counted: str,
     whole: bool = False,
 ) -> Plot | None:
-    """Overlaid histograms with common bins; None without values.
+    """Plot overlaid histograms with common bins; None without values.
 
     Args:
         series: (label, values, color).
@@ -225,7 +225,7 @@ def bars(
 
 
 def bin_edges(low: float, high: float, *, whole: bool) -> list[float]:
-    """Edges of the bins of a histogram; with `whole`, bins of integer width around the integers."""
+    """Return the bin edges of a histogram; with `whole`, bins of integer width around integers."""
     if low == high:
         return [low - 0.5, low + 0.5]
     if whole:
@@ -271,7 +271,7 @@ def _inline(svg: str, key: str) -> str:
     svg = re.sub(r'\bid="', f'id="{safe}-', svg)
     svg = svg.replace("url(#", f"url(#{safe}-").replace('href="#', f'href="#{safe}-')
     svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
-    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would apply to the whole page
+    svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # would apply to the entire page
     svg = re.sub(r"\s*\n\s*", " ", svg)
     for stand_in, variable in _COLORS.items():
         svg = svg.replace(stand_in, f"var({variable})")

@@ -15,7 +15,7 @@ _LONGEST = 4000  # characters of a prompt or response that the page shows
 
 @dataclass(frozen=True)
 class Response:
-    """A response as text, with its reward; `right`: it equals the known answer."""
+    """A response as text, with its reward; `right`: whether it equals the known answer."""
 
     text: str
     reward: str
@@ -63,8 +63,8 @@ class Browser:
 
     Attributes:
         stages: names of the stages with samples, in chain order.
-        start, end: indices of the stages whose rewards give the change.
-        of: number of held-out prompts, where more than the page shows; else None.
+        start, end: indices of the stages whose rewards are compared.
+        of: number of held-out prompts, if more than the page shows; else None.
     """
 
     stages: list[str]
@@ -93,14 +93,14 @@ def browse_samples(run: RunResults) -> Browser:
         _view(number, prompt, sample, answers, names, start, end)
         for number, (prompt, (sample, answers)) in enumerate(found.items(), 1)
     ]
-    # Without a change to sort by, the original order.
+    # Without a change to sort by, keep the original order.
     views.sort(key=lambda view: (view.change is None, view.change or 0.0))
     total = max((stage.scores.prompts or 0 for stage in stages), default=0)
     return Browser(names, start, end, views, total if total > len(views) else None)
 
 
 def _start(run: RunResults, stages: Sequence[StageResults]) -> int:
-    """The stage that the first preference stage started from; else the first one with samples."""
+    """Return the index of the start of the first preference stage, else of the first stage with samples."""
     first = next((stage for stage in run.stages if stage.is_preference), None)
     seed = run.seed(first) if first is not None else None
     names = [stage.name for stage in stages]
@@ -156,7 +156,7 @@ def _capped(text: str) -> str:
 
 
 def _prompt_text(prompt: str | list[dict[str, Any]]) -> str:
-    """A prompt as text; a conversation has one line per message."""
+    """Return a prompt as text; a conversation has one line per message."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{turn.get('role', '?')}: {turn.get('content', '')}" for turn in prompt)

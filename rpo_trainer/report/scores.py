@@ -86,7 +86,7 @@ class EvalScores:
         return mine[0] == theirs[0] and self.measure == other.measure
 
     def main(self) -> tuple[str, Measure] | None:
-        """The first measured figure of MAIN_FIGURES, with its key."""
+        """Return the first measured figure of MAIN_FIGURES, with its key."""
         found = ((key, getattr(self, key)) for key in MAIN_FIGURES)
         return next(((key, measure) for key, measure in found if measure is not None), None)
 
@@ -111,7 +111,7 @@ class Agreement:
     calibration: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
 
     def correlation(self) -> float | None:
-        """The main correlation: of the reward, else of the gap, else of the first attribute."""
+        """Return the main correlation: of the reward, else the gap, else the first attribute."""
         for name in ("reward", "gap", *self.correlations):
             if name in self.correlations:
                 return self.correlations[name]
@@ -184,7 +184,7 @@ def _measure(
 
 
 def _fraction(value: float | None, prompts: int | None) -> Measure | None:
-    """A fraction with the Wilson interval for one trial per prompt, or pair.
+    """Return a fraction with the Wilson interval for one trial per prompt or pair.
 
     With several responses per prompt the interval is conservative: the mean over the responses to a
     prompt varies no more than a single response.

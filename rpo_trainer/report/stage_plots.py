@@ -75,7 +75,7 @@ def _same_prompts(one: StageResults, other: StageResults) -> bool:
 
 
 def _values(stage: StageResults, name: str) -> list[float]:
-    """A figure of all sampled responses of `samples.jsonl`; None entries have no value."""
+    """Return a figure of all sampled responses of `samples.jsonl`, without missing values."""
     return [
         value
         for sample in stage.samples
@@ -108,7 +108,7 @@ def _loss_plot(stage: StageResults, title: str) -> Plot | None:
 
 
 def _calibration(stage: StageResults, name: str, points: list[tuple[float, float]]) -> Plot | None:
-    """Predicted against observed values, bin by bin."""
+    """Plot predicted against observed values, bin by bin."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
 
     def draw(axes: Axes) -> None:
@@ -132,7 +132,7 @@ def _sft_plots(stage: StageResults) -> list[Plot | None]:
 
 
 def _learning_rate(stage: StageResults) -> Plot | None:
-    """The learning rate schedule; None for a constant learning rate."""
+    """Plot the learning rate schedule; None for a constant learning rate."""
     rate = stage.curve("learning_rate")
     if len(set(rate.values)) < 2:
         return None
@@ -217,10 +217,10 @@ def _sigma_histogram(stage: StageResults) -> Plot | None:
 
 
 def _thin(gaps: list[GapRecord]) -> list[GapRecord]:
-    """At most `_MOST_DOTS` of them, evenly spaced, to keep the page small."""
+    """Return at most `_MOST_DOTS` of them, evenly spaced, to keep the page small."""
     return gaps[:: max(1, math.ceil(len(gaps) / _MOST_DOTS))]
 
 
 def _sigma(value: float) -> float:
-    """The logistic function, without overflow."""
+    """Return the logistic function, without overflow."""
     return 1 / (1 + math.exp(-value)) if value >= 0 else math.exp(value) / (1 + math.exp(value))

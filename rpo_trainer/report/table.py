@@ -168,7 +168,7 @@ def _table(run: RunResults) -> Table:
 
 
 def _width(names: Sequence[str], columns: Sequence[Column]) -> int:
-    """Width of a table in characters, with two between columns."""
+    """Return the width of a table in characters, with two between columns."""
     widths = [max(map(len, ["after", *names]))]
     for column in columns:
         heads = (column.brief or "").split("\n")
@@ -200,10 +200,10 @@ def _measures(
 
 
 def _wins(scores: Sequence[EvalScores]) -> Column:
-    """Win rates; if the stages have different baselines, each cell names its baseline."""
+    """Return the column of win rates; with different baselines, each cell names its baseline."""
     names = {score.baseline for score in scores if score.win_rate is not None}
     head = f"win rate against {names.pop()}" if len(names) == 1 else "win rate"
-    # In the terminal only if there are no rewards, as with a judge.
+    # Shown in the terminal only if there are no rewards, as with a judge.
     brief = None if any(score.reward_sampled for score in scores) else "win\nrate"
     column = _measures("win_rate", head, brief, [score.win_rate for score in scores], 3)
     if not names:  # a single baseline, named in the head
@@ -218,7 +218,7 @@ def _wins(scores: Sequence[EvalScores]) -> Column:
 
 
 def _others(scores: Sequence[EvalScores]) -> list[Column]:
-    """Held-out pairs, NLL by source, lm-eval tasks: one column per figure.
+    """Return one column per figure: held-out pairs, NLL by source, lm-eval tasks.
 
     The terminal shows pairs only if there are no rewards.
     """
@@ -237,7 +237,7 @@ def _others(scores: Sequence[EvalScores]) -> list[Column]:
 
 
 def _nll(stages: Sequence[StageResults]) -> Column:
-    """Held-out loss of each SFT stage. Each is measured on the stage's own data, so there is no best."""
+    """Return the held-out loss of each SFT stage, on its own data, so that none is the best."""
     measured = [stage.scores.nll for stage in stages]
     if not any(measured):
         curves = [stage.curve("eval_loss") if stage.kind == "sft" else None for stage in stages]
@@ -276,7 +276,7 @@ def _own_pairs(stages: Sequence[StageResults], scores: Sequence[EvalScores]) -> 
 
 
 def _of_training(stages: Sequence[StageResults]) -> list[Column]:
-    """Without held-out data: training metrics at the end of each stage. There is no best stage."""
+    """Return training metrics at the end of each stage, for runs without held-out data."""
     curves = [
         ("loss", "training loss, end", "loss", [stage.curve("loss") for stage in stages]),
         (
@@ -312,7 +312,7 @@ def _step_zero(stage: StageResults) -> str:
 
 
 def _time(stage: StageResults) -> str:
-    """Time of a finished stage; the state of an unfinished one."""
+    """Return the time of a finished stage, or the state of an unfinished one."""
     state = stage.record.state
     if state == "running" and stage.metrics and "step" in stage.metrics[-1]:
         return f"step {stage.metrics[-1]['step']}"  # running or stopped

@@ -1,4 +1,4 @@
-"""Verdict of a run: whether each stage reached its goal, and what to change where it did not."""
+"""Verdict of a run: whether each stage reached its goal, and what to change if it did not."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Verdict:
     findings: list[Finding]
 
     def of_stage(self, name: str) -> list[Finding]:
-        """The findings about one stage."""
+        """Return the findings about one stage."""
         return [finding for finding in self.findings if finding.stage == name]
 
     @property
@@ -43,7 +43,7 @@ class Verdict:
         return [finding for finding in self.findings if finding.level in ("warn", "bad")]
 
     def grouped_warnings(self) -> list[Finding]:
-        """The same findings; one that several stages share is listed once, with all stage names."""
+        """Return the warnings; one that several stages share is listed once, with all stage names."""
         stages: dict[Finding, list[str]] = {}
         for finding in self.warnings:
             stages.setdefault(replace(finding, stage=""), []).append(finding.stage)
@@ -101,7 +101,7 @@ def _judge_stage(run: RunResults, stage: StageResults) -> Iterator[Finding]:
 
 
 def _nll(stage: StageResults) -> Iterator[Finding]:
-    """SFT: the negative log-likelihood should decrease, preferably on held-out data."""
+    """Judge an SFT stage: its loss should decrease, preferably on held-out data."""
     held_out = stage.curve("eval_loss")
     before, after, where = None, None, "Held-out NLL"
     if len(held_out.values) >= 2:
@@ -132,14 +132,14 @@ def _nll(stage: StageResults) -> Iterator[Finding]:
 
 
 def _reward_model(stage: StageResults) -> Iterator[Finding]:
-    """A reward model should rank held-out responses better than chance."""
+    """Judge a reward model: it should rank held-out responses better than chance."""
     accuracy, correlation = stage.agreement.accuracy, stage.agreement.correlation()
     if accuracy is None and correlation is None:
         yield Finding(
             stage.name,
             "agreement-unknown",
             "info",
-            "No held-out data, so the accuracy of the reward model is unknown.",
+            "The accuracy of the reward model is unknown, because there is no held-out data.",
             "Set `data.eval`, or hold out prompts with `data.eval_fraction`.",
         )
         return
@@ -203,7 +203,7 @@ def _step_zero(stage: StageResults) -> Iterator[Finding]:
 
 
 def _gap(stage: StageResults) -> Iterator[Finding]:
-    """The implicit reward gap at the end of training, against the target gap where there is one."""
+    """Compare the implicit reward gap at the end of training with the target gap, if there is one."""
     margins = stage.curve("rewards/margins")
     if not margins:
         return
@@ -230,7 +230,7 @@ def _gap(stage: StageResults) -> Iterator[Finding]:
 
 
 def _against_target(stage: StageResults, reached: float, target: float) -> Finding:
-    """How much of the target gap an RPO stage reached: short of it, about right, or beyond it."""
+    """Report the fraction of the target gap that an RPO stage reached."""
     fraction, beta = reached / target, stage.setting("beta")
     text = (
         f"The implicit reward gap reached {_percent(fraction)} of the target gap "
@@ -260,7 +260,7 @@ def _against_target(stage: StageResults, reached: float, target: float) -> Findi
 
 
 def _short_advice(stage: StageResults) -> str:
-    """What moves an RPO stage closer to its target, with the values it was run with."""
+    """Return advice that moves an RPO stage closer to its target, with its current values."""
 
     def now(name: str) -> str:
         value = stage.setting(name)
@@ -274,7 +274,7 @@ def _short_advice(stage: StageResults) -> str:
 
 
 def _percent(fraction: float) -> str:
-    """A fraction as a percentage; small ones keep a digit."""
+    """Format a fraction as a percentage; small ones keep one decimal."""
     return f"{100 * fraction:.0f}%" if fraction >= 0.01 else f"{100 * fraction:.1f}%"
 
 
@@ -308,7 +308,7 @@ def _truncated_responses(stage: StageResults) -> Iterator[Finding]:
 
 
 def _early_warnings(stage: StageResults) -> Iterator[Finding]:
-    """The early warnings that were logged during training."""
+    """Report the early warnings that were logged during training."""
     for early in stage.record.warnings or ():
         when = "In training" if early.step is None else f"In training, step {early.step}"
         advice = f"Try: {early.advice}." if early.advice else None
@@ -317,7 +317,7 @@ def _early_warnings(stage: StageResults) -> Iterator[Finding]:
 
 
 def _data(stage: StageResults) -> Iterator[Finding]:
-    """What the audit of the training data found."""
+    """Report what the audit of the training data found."""
     audit = read_audit(stage.record.data.audit) if stage.record.data is not None else AuditView()
     for concern in audit.concerns("the rows", sampled=stage.samples_data):
         level: Level = "info" if concern.minor else "warn"

@@ -41,7 +41,7 @@ class Fit:
     against: int
 
     def line(self) -> str:
-        """A sentence for the log."""
+        """Return a sentence for the log."""
         how = (
             f"by the likelihood of {self.pairs} labels, {self.against} of which contradict the rewards"
             if self.method == "labels"
@@ -60,13 +60,13 @@ def _has_rewards(row: Row) -> bool:
     return None not in rewards
 
 
-def fit_reward_scale(gaps: Sequence[float], *, labelled: bool = True) -> Fit:
+def fit_reward_scale(gaps: Sequence[float], *, labeled: bool = True) -> Fit:
     """Fit η to these gaps, rounded to four digits.
 
     Args:
         gaps: reward(chosen) − reward(rejected); negative where the preference label contradicts the
             rewards. If none is negative, the labels carry no information about η.
-        labelled: whether the order of the responses is a preference label.
+        labeled: whether the order of the responses is a preference label.
 
     Raises:
         DataError: there are no gaps, all are 0, or most labels contradict the rewards.
@@ -82,7 +82,7 @@ def fit_reward_scale(gaps: Sequence[float], *, labelled: bool = True) -> Fit:
             details={"gaps": len(found)},
         )
     against = int((found < 0).sum())
-    if labelled and against:
+    if labeled and against:
         return Fit(_rounded(_likeliest(found)), "labels", len(found), against)
     middle = float(np.quantile(np.abs(unequal), QUANTILE))
     return Fit(_rounded(_logit(TARGET) / middle), "quantile", len(unequal), 0)
@@ -125,7 +125,7 @@ def _rounded(value: float) -> float:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The reward gaps of some rows, and the targets that η gives them.
+    """The reward gaps of some rows, and their targets for a value of η.
 
     Attributes:
         rows: number of rows with rewards.
@@ -165,26 +165,26 @@ class Calibration:
             )
         if self.flat > 0.5:
             return (
-                f"{self.flat:.0%} of the targets are within 0.05 of 1/2, so that there is little to "
-                "learn: use a larger reward_scale"
+                f"{self.flat:.0%} of the targets are within 0.05 of 1/2, so that they carry little "
+                "signal: use a larger reward_scale"
             )
         return None
 
 
 def calibrate(rows: Sequence[Row], reward_scale: float | None = None) -> Calibration:
-    """Compute the targets that η gives to the gaps of preference rows.
+    """Compute the targets of the gaps of preference rows for a value of η.
 
     Args:
         rows: preference rows, the chosen response first.
         reward_scale: η; None: the fitted one, or 1 if none fits.
 
     Raises:
-        DataError: no row has rewards.
+        DataError: none of the rows has rewards.
     """
     gaps = label_gaps(rows)
     if not gaps:
         raise DataError(
-            "no row has rewards",
+            "none of the rows has rewards",
             code="data.missing-rewards",
             fix="score the rows first (`rpo-trainer score`)",
         )

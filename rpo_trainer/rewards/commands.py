@@ -100,10 +100,10 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def _finished(out: Path, key: str, *, overwrite: bool) -> bool:
-    """Whether the output is there, made of the same rows with the same settings.
+    """Whether the output exists, created from the same rows with the same settings.
 
     Args:
-        overwrite: it is made again, and replaced once the new one is complete. Unfinished work of other
+        overwrite: it is created again, and replaced once the new one is complete. Unfinished work of other
             rows or settings is deleted.
 
     Raises:
@@ -126,7 +126,7 @@ def _finished(out: Path, key: str, *, overwrite: bool) -> bool:
     ):
         return True
     raise RunError(
-        "the output exists, and was made from other rows or with other settings",
+        "the output exists, and was created from other rows or with other settings",
         code="output.exists",
         where=str(out),
         why="existing files are not overwritten",
@@ -357,7 +357,7 @@ def pairs_file(
     audit.observe_pairs(made)
     if not made:
         raise DataError(
-            "no row is left",
+            "no rows are left",
             code="data.no-rows-left",
             where=str(source.path),
             why="; ".join(audit.summary_lines()),

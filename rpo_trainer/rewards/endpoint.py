@@ -86,10 +86,10 @@ class Endpoint:
                 openai.NotFoundError,
             ) as error:
                 raise RunError(
-                    f"the endpoint refuses the request: {_reason(error)}",
+                    f"the endpoint rejects the request: {_reason(error)}",
                     code="endpoint.refused",
                     where=self.spec.url,
-                    why="it would refuse all other requests too",
+                    why="it would reject all other requests too",
                     fix=f"check the url, the name of the model, and the key in {self.spec.api_key_env}",
                 ) from None
             except openai.APIStatusError as error:
@@ -98,12 +98,12 @@ class Endpoint:
                 served = error.status_code >= 500 or error.status_code in (408, 409, 429)
                 wait = _asked_wait(error.response.headers)
                 if served and tries_left and _CLIENT_WAITS < wait <= _LONGEST_WAIT:
-                    logger.info("%s requires a wait of %.0f s", self.spec.url, wait)
+                    logger.info("%s requested a wait of %.0f s", self.spec.url, wait)
                     time.sleep(wait)
                     unreadable = _reason(error)
                     continue
                 raise RowFailed(
-                    f"the endpoint refuses the request: {_reason(error)}",
+                    f"the endpoint rejects the request: {_reason(error)}",
                     code="endpoint.refused",
                     service=served,
                 ) from None
@@ -166,16 +166,16 @@ class Endpoint:
         if not self._told:
             self._told = True
             logger.warning(
-                "%s returns the API key in its answers; [redacted] replaces it in the rows",
+                "%s returns the API key in its answers; it is replaced by [redacted] in the rows",
                 self.spec.url,
             )
 
     def post(self, address: str, body: Mapping[str, Any], read: Callable[[Any], T]) -> T:
-        """Like `ask`, for a POST request with a JSON body; `read` gets the parsed JSON."""
+        """Send a POST request with a JSON body, like `ask`; `read` gets the parsed JSON."""
         return self.ask(lambda client: client.post(address, body=dict(body), cast_to=object), read)
 
     def chat(self, messages: Sequence[Message], read: Callable[[Any], T], **options: Any) -> T:
-        """Like `ask`, for one chat completion."""
+        """Send a request for one chat completion, like `ask`."""
         given: Any = list(messages)
         return self.ask(
             lambda client: client.chat.completions.create(
@@ -278,7 +278,7 @@ def message_of(answer: Any) -> str:
     content = message.get("content") if isinstance(message, Mapping) else message.content
     if isinstance(content, str) and content.strip():
         return encodable(content)
-    raise Unreadable("a completion without text", code="endpoint.no-text")
+    raise Unreadable("the endpoint returned a completion without text", code="endpoint.no-text")
 
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -330,9 +330,12 @@ def attribute_scores(answer: Any) -> tuple[dict[str, float], str]:
         scores = {encodable(str(token.token)): float(token.logprob) for token in tokens}
         text = ",".join(f"{name}:{score}" for name, score in scores.items())
     else:
-        raise Unreadable(f"no scores by attribute in {_short(text)!r}", code="endpoint.no-scores")
+        raise Unreadable(
+            f"the answer has no scores by attribute: {_short(text)!r}", code="endpoint.no-scores"
+        )
     if not all(map(math.isfinite, scores.values())):
         raise Unreadable(
-            f"a score that is not finite in {_short(text)!r}", code="endpoint.non-finite-scores"
+            f"the answer has a score that is not finite: {_short(text)!r}",
+            code="endpoint.non-finite-scores",
         )
     return scores, text

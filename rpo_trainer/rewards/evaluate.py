@@ -1,6 +1,6 @@
 """Metrics of a policy on held-out prompts and responses, with confidence intervals.
 
-Intervals are 95 % bootstraps over prompts (or rows): they cover the choice of the prompts and sampling,
+Intervals are 95% bootstraps over prompts (or rows): they cover the choice of the prompts and sampling,
 not the training seed.
 """
 
@@ -30,7 +30,7 @@ SHOWN_SAMPLES = 200  # prompts in samples.jsonl: enough for histograms, and a pa
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean and the bounds of its 95 % interval."""
+    """A mean and the bounds of its 95% interval."""
 
     value: float
     low: float
@@ -45,7 +45,7 @@ def estimate(
     Args:
         values: [n], one per row.
         seed: of the bootstrap.
-        weights: [n]; None: 1 each, which gives the mean.
+        weights: [n]; None: 1 each, which results in the mean.
     """
     numerators = np.asarray(values, dtype=np.float64)
     counts = np.ones_like(numerators) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -173,7 +173,7 @@ def to_score(rows: Sequence[Row], answers: Sequence[Mapping[str, Any]]) -> list[
     return made
 
 
-def summarise(
+def summarize(
     rows: Sequence[Row],
     answers: Sequence[Mapping[str, Any]],
     rewards: Sequence[Sequence[float]],
@@ -226,7 +226,7 @@ def samples_of(
     wanted: int = SHOWN_SAMPLES,
     rewards: Sequence[Sequence[float]] | None = None,
 ) -> tuple[EvalSample, ...]:
-    """The samples of at most `wanted` rows, evenly spaced: the same rows for every policy."""
+    """Return the samples of at most `wanted` rows, evenly spaced: the same rows for every policy."""
     found = []
     for i in shown_rows(len(rows), wanted):
         answer, own = answers[i], None if rewards is None else rewards[i]
@@ -249,7 +249,7 @@ def samples_of(
 
 
 def shown_rows(count: int, wanted: int = SHOWN_SAMPLES) -> list[int]:
-    """Indices of at most `wanted` of `count` rows, evenly spaced."""
+    """Return the indices of at most `wanted` of `count` rows, evenly spaced."""
     return [i * count // wanted for i in range(wanted)] if count > wanted else list(range(count))
 
 

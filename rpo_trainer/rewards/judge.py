@@ -18,8 +18,8 @@ from rpo_trainer.runtime.files import read_text
 # {prompt}, {first} and {second} are replaced; the answer must end with [[A]], [[B]] or [[C]].
 TEMPLATE = """\
 Two assistants have answered the same conversation. Say which answer serves the user better: is it \
-right, does it do what was asked, is it clear? Neither the order in which the answers stand nor \
-their length is a reason to prefer one.
+right, does it do what was asked, is it clear? Neither the order of the answers nor their \
+length is a reason to prefer one.
 
 <conversation>
 {prompt}
@@ -65,7 +65,7 @@ def read_template(path: Path | None) -> str:
             f"the judge's template has no {', '.join(missing)}",
             code="judge.missing-placeholder",
             where=str(path),
-            why="the judge would not see what it compares",
+            why="without it, the judge does not receive the texts to compare",
             fix=f"add {', '.join(_PLACES)}, and request the verdict [[A]], [[B]] or [[C]]",
         )
     return text
@@ -85,7 +85,8 @@ def read_verdict(answer: Any) -> tuple[str, str]:
     if not found:
         # Redacted before truncation: part of a key could be left otherwise.
         raise Unreadable(
-            f"no verdict in {' '.join(redact(text).split())[-80:]!r}", code="judge.no-verdict"
+            f"the judge's answer has no verdict: {' '.join(redact(text).split())[-80:]!r}",
+            code="judge.no-verdict",
         )
     return found[-1], text
 

@@ -42,7 +42,7 @@ def make_preference_rows(
     pair). Of equal rewards the earlier response comes first.
 
     Rows without rewards are ranked: their responses are in order, best first (format `ranked`), and the
-    rows made of them have no rewards either. Responses without a consistent verdict of a judge have no
+    rows created from them have no rewards either. Responses without a consistent verdict of a judge have no
     reward and are removed.
 
     Args:

@@ -163,7 +163,7 @@ def _response(answer: Any) -> tuple[str, bool, str]:
     message = getattr(choice, "message", None)
     text = choice.text if message is None else message.content
     if not isinstance(text, str):
-        raise Unreadable("a completion without text", code="endpoint.no-text")
+        raise Unreadable("the endpoint returned a completion without text", code="endpoint.no-text")
     found = [key for key in (*THINKING, "tool_calls") if not is_empty(getattr(message, key, None))]
     beside = " and ".join(f"`{key}`" for key in found)
     return encodable(text), choice.finish_reason != "length", beside
@@ -184,7 +184,7 @@ def check_truths(rows: Sequence[Row], spec: GenerateSpec) -> None:
     """Raise DataError if the ground truth is to be added to the responses and no row has one."""
     if spec.with_ground_truth and rows and not any(row.get("ground_truth") for row in rows):
         raise DataError(
-            "no row has a `ground_truth`",
+            "none of the rows has a `ground_truth`",
             code="data.missing-ground-truth",
             why="`with_ground_truth` adds it to the responses of each row",
             fix="name its column with `columns: {ground_truth: NAME}`, or remove `with_ground_truth`",

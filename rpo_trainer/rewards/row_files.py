@@ -104,8 +104,8 @@ def read_responses(source: SourceSpec) -> Responses:
     if kind == "pair":
         found = find_format(present, "pair", source.format, raw.where)
         # K = 2 responses are not a labeled pair.
-        labelled = not found.sort and "responses" not in found.required
-        pairs = labelled and all(len(row["responses"]) == 2 for row in rows)
+        labeled = not found.sort and "responses" not in found.required
+        pairs = labeled and all(len(row["responses"]) == 2 for row in rows)
         return Responses(rows, "pair" if pairs else "responses", audit)
     return Responses(_singles(rows, raw.where), "single", audit)
 

@@ -91,7 +91,7 @@ def iter_responses(
 ) -> Iterator[tuple[int, list[Sample]]]:
     """Yield (index of a wanted prompt, its K sampled responses), batch by batch.
 
-    The same seed and keys give the same responses; the global random generators are not used. The
+    The same seed and keys produce the same responses; the global random generators are not used. The
     model's mode and configs are restored.
 
     Args:
@@ -99,8 +99,7 @@ def iter_responses(
         tokenizer: with its chat template.
         prompts: texts, or lists of messages for the tokenizer's chat template.
         wanted: indices of the prompts to sample for. Batches are built from all prompts, so that a
-            resumed run
-            has the same shapes and rounding as an uninterrupted one.
+            resumed run has the same shapes and rounding as an uninterrupted one.
         responses: K, at least 1.
         max_new_tokens: maximum length of a response, end token included.
         temperature: above 0; 1 samples from the unchanged distribution.

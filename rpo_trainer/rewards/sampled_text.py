@@ -3,7 +3,7 @@
 Training renders the text of a response with the chat template again. Text that the template adds around it (a
 line break, the tags of thinking or of a channel) must be removed, and all other text must be kept. Each
 response is therefore rendered and tokenized as in training, in several candidate forms, and the first
-form that gives back the sampled text with the same control tokens is kept.
+form that reproduces the sampled text with the same control tokens is kept.
 """
 
 from __future__ import annotations

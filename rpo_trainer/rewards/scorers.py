@@ -275,6 +275,6 @@ def weights_key(path: Path) -> str:
             code="model.no-weights",
             where=str(path),
             why="results are stored under a hash of the model's weights",
-            fix="give the directory of a model; in a run that is RUN/STAGE/final",
+            fix="give the directory of a model; in a run directory, that is RUN/STAGE/final",
         )
     return content_key([(file.name, file_digest(file)) for file in files])

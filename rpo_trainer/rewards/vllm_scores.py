@@ -1,6 +1,6 @@
 """Reward models served by vLLM: requests to `/score` and `/classify`, and the scores in the answers.
 
-`use_activation: false` gives raw scores: vLLM's default for a model with one label is a sigmoid of its score.
+`use_activation: false` returns raw scores: vLLM's default for a model with one label is a sigmoid.
 docs/rewards.md shows requests and answers.
 """
 
@@ -23,7 +23,7 @@ PATHS = {"vllm_score": "/score", "vllm_classify": "/classify"}
 
 
 def api_of(spec: RewardEndpointSpec) -> str:
-    """The wire format of a reward endpoint: the one that is named, else by the end of the url's path."""
+    """Return the wire format of a reward endpoint: the given one, else the one of the url path."""
     if spec.api is not None:
         return spec.api
     path = urlsplit(spec.url).path.rstrip("/")
@@ -31,7 +31,7 @@ def api_of(spec: RewardEndpointSpec) -> str:
 
 
 def address(url: str, api: str) -> str:
-    """The address that requests go to.
+    """Return the address that requests go to.
 
     A url that ends with the path of the format is taken as it is. vLLM serves the path at its root, so that
     the `/v1` of a base url is replaced.
@@ -44,7 +44,7 @@ def address(url: str, api: str) -> str:
 
 
 def score_request(model: str, row: Row) -> dict[str, Any]:
-    """The body of a request to `/score`: the prompt of a row against all of its responses."""
+    """Return the body of a request to `/score`: the prompt of a row against all of its responses."""
     responses = [response_text(row, number) for number in range(len(row["responses"]))]
     return {
         "model": model,
@@ -55,7 +55,7 @@ def score_request(model: str, row: Row) -> dict[str, Any]:
 
 
 def _query(row: Row) -> str:
-    """A single question as it is; longer prompts with their roles."""
+    """Return a single question unchanged, or a longer prompt with its roles."""
     prompt = row["prompt"]
     single = not isinstance(prompt, str) and len(prompt) == 1 and not row.get("tools")
     return str(prompt[0]["content"]) if single else prompt_text(row)
@@ -64,7 +64,7 @@ def _query(row: Row) -> str:
 def classify_request(
     model: str, row: Row, number: int, variables: Mapping[str, Any] | None
 ) -> dict[str, Any]:
-    """The body of a request to `/classify`: prompt and one response as messages.
+    """Return the body of a request to `/classify`: prompt and one response as messages.
 
     Args:
         model: its name at the server.
@@ -78,7 +78,7 @@ def classify_request(
 
 
 def read_scores(answer: Any, count: int) -> list[float]:
-    """The scores of an answer of `/score`, in the order of the responses.
+    """Return the scores of a `/score` response, in the order of the responses.
 
     Raises:
         Unreadable: not one finite score for each of the `count` responses.
@@ -86,13 +86,14 @@ def read_scores(answer: Any, count: int) -> list[float]:
     entries = sorted(_data(answer), key=lambda entry: entry["index"])
     if [entry["index"] for entry in entries] != list(range(count)):
         raise Unreadable(
-            f"{len(entries)} scores for {count} responses", code="endpoint.missing-scores"
+            f"the answer has {len(entries)} scores for {count} responses",
+            code="endpoint.missing-scores",
         )
     return [_finite(entry["score"]) for entry in entries]
 
 
 def read_heads(answer: Any, names: Sequence[str]) -> dict[str, float]:
-    """The scores of an answer of `/classify`, by attribute.
+    """Return the scores of a `/classify` response, by attribute.
 
     Args:
         answer: the parsed JSON.
@@ -105,8 +106,8 @@ def read_heads(answer: Any, names: Sequence[str]) -> dict[str, float]:
     scores = [_finite(score) for score in entry["probs"]]
     if len(scores) != len(names):
         raise Unreadable(
-            f"{len(scores)} scores, for the attributes {', '.join(names)}; `weights` names them in the "
-            "order of the model's labels",
+            f"the answer has {len(scores)} scores for the attributes {', '.join(names)}; `weights` must "
+            "list them in the order of the model's labels",
             code="endpoint.missing-scores",
         )
     return dict(zip(names, scores, strict=True))
@@ -115,11 +116,13 @@ def read_heads(answer: Any, names: Sequence[str]) -> dict[str, float]:
 def _data(answer: Any) -> list[dict[str, Any]]:
     data = answer.get("data") if isinstance(answer, dict) else None
     if not isinstance(data, list) or not data or not all(isinstance(e, dict) for e in data):
-        raise Unreadable("no `data` with scores", code="endpoint.no-scores")
+        raise Unreadable("the answer has no `data` with scores", code="endpoint.no-scores")
     return data
 
 
 def _finite(score: Any) -> float:
     if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise Unreadable("a score that is not finite", code="endpoint.non-finite-scores")
+        raise Unreadable(
+            "the answer has a score that is not finite", code="endpoint.non-finite-scores"
+        )
     return float(score)

@@ -115,7 +115,7 @@ def _affinity() -> int:
 
 
 def _quotas() -> list[float]:
-    """CPU quotas of the process's cgroups (version 2 or 1), in cores."""
+    """Return the CPU quotas of the process's cgroups (version 2 or 1), in cores."""
     found = []
     for line in _lines(_MEMBERSHIP):
         _, controllers, path = line.split(":", 2)
@@ -138,7 +138,7 @@ def _quotas() -> list[float]:
 
 
 def _busy_seconds() -> tuple[float, float] | None:
-    """The time, and the CPU seconds that other processes have used on this process's cores."""
+    """Return the time, and the CPU seconds that other processes have used on this process's cores."""
     if sys.platform != "linux":
         return None
     mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}

@@ -14,7 +14,7 @@ def has_accelerator() -> bool:
 
 
 def best_device() -> torch.device:
-    """The device for work outside of a trainer: `cuda`, `mps` or `cpu`."""
+    """Return the device for work outside of a trainer: `cuda`, `mps` or `cpu`."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -29,17 +29,17 @@ def bfloat16_supported() -> bool:
 
 
 def widest_float(device: torch.device | str) -> torch.dtype:
-    """The dtype for sums on a device: float64, or float32 where it has no float64 (MPS)."""
+    """Return the dtype for sums on a device: float64, or float32 if it has no float64 (MPS)."""
     return torch.float32 if torch.device(device).type in _NO_FLOAT64 else torch.float64
 
 
 def widest(tensor: Tensor) -> Tensor:
-    """A tensor in the widest floating-point dtype of its device, see `widest_float`."""
+    """Convert a tensor to the widest floating-point dtype of its device, see `widest_float`."""
     return tensor.to(widest_float(tensor.device))
 
 
 def empty_cache() -> None:
-    """Give back memory that the allocator of the accelerator keeps; on a CPU nothing is done."""
+    """Return memory that the allocator of the accelerator keeps; do nothing on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
@@ -47,7 +47,7 @@ def empty_cache() -> None:
 
 
 def move(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
-    """A tensor on a device, in float32 if it is float64 and the device has none."""
+    """Move a tensor to a device, converted from float64 to float32 if the device has no float64."""
     if tensor.dtype == torch.float64:
         tensor = tensor.to(widest_float(device))
     return tensor.to(device, non_blocking=non_blocking)

@@ -199,7 +199,7 @@ def all_reduce_max(value: int) -> int:
 
 
 def all_reduce_max_float(value: float) -> float:
-    """As `all_reduce_max`, of floats (float64)."""
+    """Return the maximum over all ranks as `all_reduce_max` does, for floats (float64)."""
     if world_size() == 1:
         return value
     on_cpu = "gloo" in torch.distributed.get_backend_config()
@@ -272,6 +272,6 @@ def exit_at_once(code: int) -> NoReturn:
     """Run the registered exit functions and end the process without Python's shutdown."""
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # closed, or nobody reads it
+        with suppress(OSError, ValueError):  # closed, or not read by any process
             stream.flush()
     os._exit(code)

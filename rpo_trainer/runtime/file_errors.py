@@ -113,7 +113,7 @@ def require_files(folder: Path, where: str) -> None:
             code="model.not-a-file",
             where=where,
             why="reading it could wait forever",
-            fix="put a file in its place, or remove it",
+            fix="replace it with a regular file, or remove it",
         )
 
 

@@ -22,7 +22,7 @@ TRUNCATED = "a file could not be written to its end"
 # Of torch, which writes archives through C++ streams.
 _NOT_WRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "iostream error")
 DIGEST_SUFFIX = ".xxh3_128"
-# A file changed this shortly before it was read may be changed again without another time.
+# A file changed this shortly before it was read may change again with the same timestamp.
 _TIME_STEP_NS = 2 * 10**9
 
 
@@ -43,7 +43,7 @@ def _staged(path: Path, text: str | Iterable[str]) -> Path:
 
 
 def write_with_digest(path: Path, text: str | Iterable[str]) -> None:
-    """`atomic_write`, with the digest of the content in a file beside it (`digest_path`).
+    """Write a file with `atomic_write`, and the digest of its content next to it (`digest_path`).
 
     The digest is written first, so a file without one is incomplete.
     """
@@ -87,7 +87,7 @@ def read_text(path: Path, limit: int) -> str:
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Create a directory and its parents; returns the new ones, the innermost first."""
+    """Create a directory and its parents, and return the new ones, the innermost first."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing

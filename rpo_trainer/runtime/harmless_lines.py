@@ -11,8 +11,6 @@ from contextlib import contextmanager
 
 # Logger name → how the line begins, with the reason.
 HARMLESS: dict[str, tuple[str, ...]] = {
-    # At import, without the package `kernels`: affects only the speed of 4-bit weights on a CPU.
-    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
     # At import on a machine without a GPU.
     "DeepSpeed": ("Setting accelerator to CPU. If you have GPU",),
 }

@@ -1,4 +1,4 @@
-"""Which process runs in a run directory: a file beside the lock, present while the lock is held."""
+"""Which process runs in a run directory: a file next to the lock, present while the lock is held."""
 
 from __future__ import annotations
 

@@ -209,11 +209,11 @@ def with_targets(stage: RewardStage, rows: list[Row], audit: Audit) -> list[Row]
 
 
 def held_out_prompts(stage: Stage, rows: Sequence[Row], *, seed: int) -> frozenset[bytes] | None:
-    """Keys of the prompts that `data.eval_fraction` holds out; None: it is not set.
+    """Return the keys of the prompts that `data.eval_fraction` holds out; None if it is not set.
 
     Args:
         rows: as read, before any is dropped for its rewards: so the same prompts are held out before a
-            run, when their responses are still to be sampled, and whatever the filter is.
+            run, when their responses are still to be sampled, and regardless of the filter.
     """
     fraction = stage.data.eval_fraction
     if fraction is None or not rows:
@@ -224,7 +224,7 @@ def held_out_prompts(stage: Stage, rows: Sequence[Row], *, seed: int) -> frozens
 def set_aside(
     rows: list[Row], prompts: frozenset[bytes] | None, audit: Audit
 ) -> tuple[list[Row], list[Row] | None]:
-    """Rows to train on, and the rows of the held-out prompts; None without any such prompt.
+    """Return training rows and the rows of the held-out prompts; None without held-out prompts.
 
     Raises:
         DataError: all rows of the held-out prompts have been dropped before.
@@ -235,7 +235,7 @@ def set_aside(
     held = [row for row in rows if prompt_key(row) in prompts]
     if rows and not held:
         raise DataError(
-            f"no row of the {len(prompts)} held-out prompts is left",
+            f"no rows of the {len(prompts)} held-out prompts are left",
             code="data.no-held-out-rows",
             where="data.eval_fraction",
             why="the filter, ties or missing rewards dropped all of them",

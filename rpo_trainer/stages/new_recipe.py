@@ -146,7 +146,10 @@ def _read(path: str, kind: RecipeKind | None, paths: Paths) -> _Source:
     rows = adapt(raw, kind=row_kind, format=spec.get("format"), audit=Audit())
     if not rows:
         raise DataError(
-            "no row can be trained on", code="data.no-rows-left", where=path, fix="correct the rows"
+            "none of the rows can be trained on",
+            code="data.no-rows-left",
+            where=path,
+            fix="correct the rows",
         )
     source = _Source(spec, rows, row_kind, "")
     what = "conversations" if row_kind == "sft" else "pairs"

@@ -18,12 +18,12 @@ from rpo_trainer.stages.settings import frozen_dtype
 if TYPE_CHECKING:
     from rpo_trainer.stages.prepare import StagePreparer
 
-EXACT = "exact"  # the directory of the float32 weights, beside `final`
-FOREVER = ""  # in place of the name of a last reader
+EXACT = "exact"  # the directory of the float32 weights, next to `final`
+FOREVER = ""  # instead of the name of a last reader
 
 
 def output_dtype(preparer: StagePreparer, stage: Stage) -> torch.dtype:
-    """The dtype of the whole model that a stage delivers.
+    """Return the dtype of the full model that a stage outputs.
 
     `auto` is the dtype of the model that its weights descend from: that of its configuration, or else of its
     files, or else float32.
@@ -52,12 +52,12 @@ def _source_dtype(preparer: StagePreparer, source: str) -> torch.dtype:
 
 
 def saves_whole(stage: Stage) -> bool:
-    """Whether `final` holds a whole model, and not an adapter."""
+    """Whether `final` holds a full model, and not an adapter."""
     return stage.peft is None or stage.peft.between_stages == "merge"
 
 
 def exact_readers(preparer: StagePreparer, name: str) -> list[Stage]:
-    """The stages that read the weights of another one in training: as start, reference or sampled policy."""
+    """Return the stages that train with the weights of a stage: as start, reference or sampled policy."""
     found = []
     for stage in preparer.stages:
         data = sampling_spec(stage.data, preparer.stages)
@@ -80,14 +80,14 @@ def keeps_exact_base(preparer: StagePreparer, name: str) -> bool:
 
 
 def needs_exact(preparer: StagePreparer, stage: Stage) -> bool:
-    """Whether a stage writes its exact weights beside what it delivers."""
+    """Whether a stage writes its exact weights next to its output."""
     if not saves_whole(stage) or output_dtype(preparer, stage) == torch.float32:
         return False
     return bool(exact_readers(preparer, stage.name))
 
 
 def exact_until(preparer: StagePreparer) -> dict[str, str]:
-    """By stage, the last stage that reads its exact weights; `FOREVER` if they are not removed."""
+    """Return, by stage, the last stage that reads its exact weights; `FOREVER` if they are kept."""
     return {
         stage.name: FOREVER
         if keeps_exact_base(preparer, stage.name)
@@ -108,13 +108,13 @@ def exact_is_needed(preparer: StagePreparer, name: str, done: Collection[str]) -
 
 
 def training_folder(run_dir: Path, stage: str) -> Path:
-    """Where a finished stage's exact weights are: `exact`, or `final` where that has them."""
+    """Return the directory of a finished stage's exact weights: `exact`, or `final` if it has them."""
     exact = run_dir / stage / EXACT
     return exact if exact.is_dir() else run_dir / stage / "final"
 
 
 def most_exact(sizes: Sequence[tuple[str, int]], until: Mapping[str, str]) -> int:
-    """Bytes of exact weights when most of them exist.
+    """Return the largest number of bytes of exact weights that exist at one time.
 
     Args:
         sizes: of each stage in order, by name.

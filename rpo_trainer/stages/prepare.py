@@ -143,7 +143,7 @@ class StagePreparer:
         """Prepare the inputs of this stage once and return them twice: for the check and for training.
 
         They stay in memory in between, so use this for the stage that trains first. Rows that a run samples
-        or scores are not kept: a check cannot make them.
+        or scores are not kept: a check cannot create them.
         """
         if stage.data.score is None and not needs_policy(stage.data):
             self._kept[stage.name] = None
@@ -207,7 +207,7 @@ class StagePreparer:
         on_overlap = stage.data.eval_overlap
         if inputs.held_out is not None:
             inputs.audit.check_overlap(inputs.rows, inputs.held_out.rows, on_overlap=on_overlap)
-        # Not `evaluation_of`: a reward model may give the rewards of an evaluation.
+        # Not `evaluation_of`: a reward model may score the responses of an evaluation.
         spec = stage.eval or self.recipe.eval
         for name, kind in _EVAL_KINDS.items():
             if spec is not None and (sources := getattr(spec, name)):
@@ -223,7 +223,7 @@ class StagePreparer:
     def _split_rows(
         self, stage: Stage, audit: Audit, *, made: list[Row] | None, given: list[Row] | None
     ) -> tuple[list[Row], list[Row] | None]:
-        """Training rows, and held-out rows where `data.eval_fraction` is set."""
+        """Return training rows, and held-out rows if `data.eval_fraction` is set."""
         data, seed = stage.data, self.seed(stage)
         if isinstance(stage, SFTStage):
             rows = self._load(data.train, "sft", audit, seed=seed, dedup=data.dedup)
@@ -250,7 +250,7 @@ class StagePreparer:
             scale = stage.reward_scale
             if scale == "auto":
                 against = any(gap < 0 for gap in given_gaps)
-                fit = fit_reward_scale(given_gaps if against else gaps, labelled=against)
+                fit = fit_reward_scale(given_gaps if against else gaps, labeled=against)
                 audit.calibration, scale = asdict(fit), fit.reward_scale
             audit.check_target_gaps(rows, scale)
         return rows, held
@@ -259,7 +259,7 @@ class StagePreparer:
         """Return digests of the stage's training files, see `source_digests`."""
         return source_digests(stage.data.train, self.loaded.base_dir, inputs)
 
-    # --- rows whose responses or rewards are made during the run ---
+    # --- rows whose responses or rewards are generated during the run ---
 
     def prompts(self, stage: Stage, audit: Audit) -> list[Row]:
         """Return the prompts of a stage that samples, or of the stage whose responses it uses.

@@ -197,7 +197,7 @@ class HubRecord(JsonRecord):
 
 @dataclass
 class EstimateRecord(JsonRecord):
-    """A mean and the bounds of its 95 % confidence interval."""
+    """A mean and the bounds of its 95% confidence interval."""
 
     value: float
     low: float | None = None
@@ -231,12 +231,12 @@ class PreferencesRecord(JsonRecord):
 
 @dataclass
 class EvaluationRecord(JsonRecord):
-    """Metrics on held-out data after a stage; None where not measured.
+    """Metrics on held-out data after a stage; None if not measured.
 
     Attributes:
         nll, nll_before: loss on the stage's own held-out rows after and before it, in nats per token.
         baseline: the policy that responses are compared with; `of_baseline` has its metrics if no stage of
-            the run made it.
+            the run produced it.
         exact: fraction of sampled responses with the verifier's maximum reward.
         unfinished: fraction of sampled responses truncated by `max_new_tokens`.
         measure: metrics of responses are comparable if this is equal.

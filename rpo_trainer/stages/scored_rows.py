@@ -1,4 +1,4 @@
-"""Rows made during a run: responses sampled from policies, and their rewards.
+"""Rows generated during a run: responses sampled from policies, and their rewards.
 
 They are written into the stage's directory and reused when the run resumes: `responses-KEY.jsonl` and
 `generated-KEY.jsonl` (with rewards), or `scored-KEY.jsonl` if the responses were given. KEY is a digest of

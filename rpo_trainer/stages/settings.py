@@ -94,7 +94,7 @@ def arithmetic(model: ModelSpec) -> str:
 
 
 def frozen_dtype(stage: Stage, model: ModelSpec) -> torch.dtype:
-    """The dtype of the frozen base weights of a stage; float32 where it trains all weights."""
+    """Return the dtype of the frozen base weights of a stage; float32 if it trains all weights."""
     if stage.peft is None or stage.peft.frozen_dtype == "float32":
         return torch.float32
     dtype: torch.dtype = getattr(torch, arithmetic(model))

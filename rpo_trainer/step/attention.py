@@ -37,7 +37,7 @@ REACH_ATTRIBUTE = (
 
 @contextmanager
 def packing_masks(plan: AttentionPlan | None = None) -> Iterator[None]:
-    """Make transformers build no masks for models with `rpo_packed`, since the plan replaces them.
+    """Prevent transformers from building masks for models with `rpo_packed`; the plan replaces them.
 
     Args:
         plan: passed to the layers as their mask, for models whose layers do not pass other arguments to their
@@ -72,7 +72,7 @@ def packed_attention(
     packing_plan: AttentionPlan | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one layer, with the signature that transformers calls.
+    """Compute attention of one layer, with the signature that transformers calls.
 
     Args:
         attention_mask: a tensor for regular attention, the plan itself, or None.
@@ -179,13 +179,13 @@ def _explicit(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention with explicit scores, for soft-capped scores and sinks without FlexAttention."""
+    """Compute attention with explicit scores, for soft-capping and sinks without FlexAttention."""
     key, value = _repeat(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    # Not −inf: rows of padding may see no keys, and must not become NaN.
+    # Not −inf: rows of padding may attend to no keys, and must not become NaN.
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     at_least_float32 = torch.promote_types(scores.dtype, torch.float32)
     if sinks is not None:

@@ -4,10 +4,10 @@ The scores of a row of `T` tokens are never written to memory, so memory is O(T)
 
 Shapes: `T` tokens of the row, `S` segments, `N` blocks of 128 tokens, `D` head size.
 
-A query sees two ranges of keys: its own segment up to itself, and the segment's prefix (the shared prompt). A
-sliding window moves the first key of each range. `FlexIndex` computes the ranges and, from their bounds
-over each block of queries, which blocks of keys a kernel visits, in O(N²). torch's `create_block_mask`
-needs O(T²) memory.
+A query attends to two ranges of keys: its own segment up to itself, and the segment's prefix (the shared
+prompt). A sliding window moves the first key of each range. `FlexIndex` computes the ranges and, from their
+bounds over each block of queries, which blocks of keys a kernel visits, in O(N²). torch's
+`create_block_mask` needs O(T²) memory.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _block_mask(own: Tensor, prefix: Tensor, prefix_stop: Tensor) -> BlockMask:
     prefix_high = prefix_rows.amax(1)[:, None]
     stop_low, stop_high = (x[:, None] for x in stop_rows.aminmax(dim=1))
     first, last = low[:, None], high.clamp(max=tokens - 1)[:, None]
-    # A block that some query may see is visited; one that all queries see entirely needs no mask.
+    # A block that any query can attend to is visited; one that all queries fully attend to needs no mask.
     visited = (own_low <= high) & (last >= low)
     visited |= (prefix_low <= high) & (stop_high > low)
     whole = (own_high <= low) & (first >= high)
@@ -130,7 +130,7 @@ def _block_mask(own: Tensor, prefix: Tensor, prefix_stop: Tensor) -> BlockMask:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """`[N, N]` bool → number of key blocks of each query block, and all key blocks with these first."""
+    """Return the number of key blocks of each query block, and all key blocks with these first."""
     counts = blocks.sum(-1, dtype=torch.int32)
     order = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
     return counts[None, None], order[None, None]
@@ -192,7 +192,7 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one layer over a packed row.
+    """Compute attention of one layer over a packed row.
 
     Args:
         query: `[1, heads, T, D]`.

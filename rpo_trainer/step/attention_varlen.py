@@ -3,11 +3,10 @@
 Shapes: `T` tokens of the row, `S` segments, `U` keys of all segments, `D` head size.
 
 The queries of a row have the order that the kernel requires: prompt + response 1, response 2, ... So do the
-    keys,
-unless a prompt is shared: a further response needs the prompt's keys before its own, so keys and values are
-gathered into [prompt + response 1, prompt + response 2, ...]. The kernel aligns queries and keys at the end
-of a segment, so that a response sees its entire prompt and, causally, itself, and a sliding window is a
-difference of positions.
+keys, unless a prompt is shared: a further response needs the prompt's keys before its own, so keys and
+values are gathered into [prompt + response 1, prompt + response 2, ...]. The kernel aligns queries and keys
+at the end of a segment, so that a response attends to its entire prompt and, causally, itself, and a sliding
+window is a difference of positions.
 """
 
 from __future__ import annotations
@@ -126,7 +125,7 @@ def attend(
     scaling: float | None = None,
     sliding_window: int | None = None,
 ) -> Tensor:
-    """Attention of one layer over a packed row.
+    """Compute attention of one layer over a packed row.
 
     Args:
         query: `[1, heads, T, D]`.

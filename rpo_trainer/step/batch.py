@@ -5,8 +5,8 @@
 Shapes: `B` examples, `R` responses of the micro-batch in order (those of example 1, of example 2, ...), `T`
 tokens of the packed row, `N` trained response tokens, `E` experts, `L` length of the longest padded row.
 
-The position ids of every response continue those of its prompt. A response sees its prompt and itself, but no
-other response, which `AttentionPlan` defines for the attention function.
+The position ids of every response continue those of its prompt. A response attends to its prompt and
+itself, but to no other response, which `AttentionPlan` defines for the attention function.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Reach(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Queries `[start, stop)` see all keys `[prefix_start, prefix_stop)`, and themselves causally."""
+    """Queries `[start, stop)` attend to keys `[prefix_start, prefix_stop)`, and causally to themselves."""
 
     start: int
     stop: int
@@ -172,7 +172,7 @@ def _dense_mask(unit: tuple[Segment, ...], reach: Reach, device: torch.device) -
 
 
 def sees(query_position: Tensor, key_position: Tensor, reach: Reach) -> Tensor:
-    """Whether a query sees a key of the same text, given their positions, which are broadcast."""
+    """Whether a query attends to a key of the same text, given their positions, which are broadcast."""
     distance = query_position - key_position
     seen = distance >= 0
     if reach.window is not None:

@@ -271,7 +271,7 @@ def _run_head(
 def _generic_head(
     module: nn.Module, hidden: Tensor, labels: Tensor, head: Head, stats: TokenStats | None
 ) -> Tensor:
-    """Log-probs with a head that is not a plain linear layer (LoRA, quantized).
+    """Compute log-probs with a head that is not a plain linear layer (LoRA, quantized).
 
     Its own forward runs in chunks, which are recomputed in the backward.
     """

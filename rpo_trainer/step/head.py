@@ -1,10 +1,9 @@
 """Determine the operations between a model's last hidden states and its logits.
 
 The fused head computes the product of hidden states and weight itself, so it needs the other operations of
-the
-model: logits = cap · tanh(scale · ((multiplier · h) Wᵀ + b) / cap). In a forward of a few tokens the hidden
-states and the head's product are replaced by known float32 numbers. The model's output then yields the three
-numbers, in float32 precision for models of any dtype.
+the model: logits = cap · tanh(scale · ((multiplier · h) Wᵀ + b) / cap). In a forward of a few tokens the
+hidden states and the head's product are replaced by known float32 numbers. The model's output then yields
+the three numbers, in float32 precision for models of any dtype.
 """
 
 from __future__ import annotations

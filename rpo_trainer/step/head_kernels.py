@@ -29,7 +29,7 @@ def works_on(device: torch.device) -> bool:
     labels = torch.zeros(1, dtype=torch.long, device=device)
     try:
         logsumexp(tile, labels, 0)
-    except Exception as error:  # whatever the machine's compiler or driver raises
+    except Exception as error:  # any error of the machine's compiler or driver
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logger.warning(
             "Triton kernels cannot be compiled for %s (%s): the logit head uses slower torch operations; "
@@ -65,7 +65,7 @@ def logsumexp(logits: Tensor, labels: Tensor, v0: int) -> tuple[Tensor, Tensor]:
 def logsumexp_and_stats(
     logits: Tensor, labels: Tensor, v0: int
 ) -> tuple[Tensor, Tensor, SliceStats]:
-    """`logsumexp`, and of each row what `token_stats.slice_stats` has, from the same pass over the tile."""
+    """Return `logsumexp` and the statistics of `token_stats.slice_stats` from one pass over the tile."""
     rows, width = logits.shape
     blocks = triton.cdiv(width, _BLOCK)
     # Of each block: log of the sum of exponentials, largest logit, mean under the block's softmax, sum

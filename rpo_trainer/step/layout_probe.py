@@ -108,7 +108,7 @@ def probe(
                     return candidate, tried
                 own = "" if tried.fused else f" with {_OWN_LOGITS}"
                 refused.append(f"{_NAMES[candidate]}{own}: {why}")
-                if why.startswith(_DEPENDS):  # whatever the head is
+                if why.startswith(_DEPENDS):  # regardless of the head
                     break
     finally:
         model.train(training)
@@ -218,7 +218,7 @@ class _Proof:
             if device_failed(error):
                 raise
             raise ModelError(
-                f"a forward of {type(transformers_model(model)).__name__} fails",
+                f"the forward pass of a {type(transformers_model(model)).__name__} fails",
                 code="model.forward-fails",
                 why=f"{type(error).__name__}: {first_line(error)}",
                 fix="try another dtype (dtype=torch.float32) or another attn_implementation",

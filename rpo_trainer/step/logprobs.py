@@ -145,7 +145,7 @@ class _LinearLogProbs(torch.autograd.Function):
                     running.add(t0, t1, part, before, total, after)
                 normalizer[t0:t1] = after
                 tile = logits if keep else None
-                del logits  # before the next tile is made
+                del logits  # before the next tile is created
         if keep and n:
             width = min(v, max(1, (cells if hidden.is_cuda else min(cells, _CPU_CELLS)) // n))
             width = min(width, max(_LEAST_WIDTH, cells // n - v))
@@ -358,7 +358,7 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a @ b, or total = a @ b if it is the first product."""
+    """Compute total += a @ b, or total = a @ b if it is the first product."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=0 if first else 1)
     elif first:

@@ -123,7 +123,7 @@ class ReferenceCache:
             if int(tensors["digest"][0]) != _digest(keys, values):
                 raise ValueError("its content does not match its checksum")
         except (SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
-            logger.warning("%s is damaged (%s): its values are computed again", part, error)
+            logger.warning("%s is damaged (%s): its values are recomputed", part, error)
             part.unlink(missing_ok=True)
             return
         for (low, high), value in zip(keys.tolist(), values.tolist(), strict=True):
@@ -288,7 +288,7 @@ def _verify(
     if not worst <= tolerance:
         logger.warning(
             "reference log-prob cache %s is stale: %d rows differ by up to %.2g nats per token when "
-            "recomputed. All of it is computed again",
+            "recomputed. The entire cache is recomputed",
             cache.folder, len(rows), worst,
         )  # fmt: skip
         cache.forget()

@@ -1,4 +1,4 @@
-"""Statistics of each token's distribution, which the head computes beside its log-prob, tile by tile.
+"""Statistics of each token's distribution, which the head computes together with its log-prob, tile by tile.
 
 They are metrics: nothing has a gradient through them.
 
@@ -18,7 +18,7 @@ _SMALLEST = -200.0  # e to this power is 0 in float32, and below the resolution 
 
 @dataclass
 class TokenStats:
-    """What a forward gives of its tokens; None before the forward.
+    """The results of a forward pass for its tokens; None before it.
 
     Attributes:
         with_mean: whether `mean_logit` is computed.
@@ -34,12 +34,12 @@ class TokenStats:
     _running: Running | None = field(default=None, repr=False)
 
     def begin(self, tokens: int, dtype: torch.dtype, device: torch.device) -> Running:
-        """Sums over the tiles that follow."""
+        """Return the sums over the tiles that follow."""
         self._running = Running(tokens, dtype, device)
         return self._running
 
     def finish(self, normalizer: Tensor, target: Tensor, vocabulary: int) -> None:
-        """The statistics, once all tiles are added.
+        """Set the statistics, once all tiles are added.
 
         Args:
             normalizer: `[N]`, log of the sum of exponentials.
@@ -52,7 +52,7 @@ class TokenStats:
         self.mean_logit = found.total / vocabulary if self.with_mean else None
 
     def set_from_logits(self, logits: Tensor, labels: Tensor) -> None:
-        """The statistics from whole logits, `[N, V]`."""
+        """Set the statistics from the full logits, `[N, V]`."""
         x = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
         part, total = slice_stats(x, with_mean=self.with_mean)
         running = self.begin(len(x), x.dtype, x.device)
@@ -60,7 +60,7 @@ class TokenStats:
         self.finish(total, x.gather(1, labels[:, None]).squeeze(1), x.shape[1])
 
     def set_joined(self, parts: list[TokenStats]) -> None:
-        """The statistics of consecutive tokens."""
+        """Set the statistics of consecutive tokens."""
         for name in ("correct", "entropy", "mean_logit"):
             values = [getattr(part, name) for part in parts]
             setattr(self, name, None if None in values else torch.cat(values))
@@ -85,7 +85,7 @@ class Running:
     def add(
         self, t0: int, t1: int, part: SliceStats, before: Tensor, tile: Tensor, after: Tensor
     ) -> None:
-        """Adds a tile of the tokens `t0` to `t1`.
+        """Add a tile of the tokens `t0` to `t1`.
 
         Args:
             before, tile, after: `[t]`, log of the sum of exponentials of the slices before, of this one, and
@@ -101,9 +101,9 @@ class Running:
 def slice_stats(
     logits: Tensor, *, with_mean: bool, in_place: bool = False
 ) -> tuple[SliceStats, Tensor]:
-    """Statistics of a tile, `[t, w]`, and the log of each row's sum of exponentials, `[t]`.
+    """Return the statistics of a tile, `[t, w]`, and the log of each row's sum of exponentials, `[t]`.
 
-    In place it may use the tile up.
+    With `in_place` it may overwrite the tile.
     """
     total = logits.sum(dim=1) if with_mean else None
     largest = logits.amax(dim=1)

@@ -20,7 +20,7 @@ from rpo_trainer.trainers.argument_status import Problem, Setting, by_name, defa
 from rpo_trainer.trainers.argument_table import ACCELERATOR, ACCUMULATION, FSDP, TRAINING
 
 _FILES = ("accelerator_config", "fsdp_config")  # may be the path of a JSON file
-# Cannot be the path of a file
+# cannot be the path of a file
 _DICTS = (
     "gradient_checkpointing_kwargs", "activation_checkpointing_kwargs", "lr_scheduler_kwargs", "derived",
     "model_init_kwargs", "dataset_kwargs",
@@ -29,12 +29,12 @@ _SHOWN = 100  # characters of a value in a message
 # Metrics that transformers adds to an evaluation
 _SPEED = ("runtime", "samples_per_second", "steps_per_second")
 _MEMORY = "mem_"  # prefix of its memory metrics, with `skip_memory_metrics=False`
-# Parts of names of metrics that are better the lower they are, besides those that end with "loss"
+# Parts of names of metrics for which lower is better, besides those that end with "loss"
 _LOWEST_IS_BEST = ("loss/", "rmse/", "calibration/", "gap_error", "saturated", "chosen_falling")
 
 
 def setting_problems(args: TrainingArguments) -> Iterator[Problem]:
-    """Problems of settings of transformers and accelerate that would have no effect, or a wrong one."""
+    """Yield the problems of settings of transformers and accelerate with no effect or a wrong one."""
     yield from refusals(TRAINING, vars(args), defaults_of(TrainingArguments))
     yield from _accelerator_problems(args.accelerator_config)
     yield from _fsdp_problems(args)
@@ -42,7 +42,7 @@ def setting_problems(args: TrainingArguments) -> Iterator[Problem]:
 
 
 def require_readable_settings(args: TrainingArguments) -> None:
-    """Raises RecipeError if a setting that is JSON, or the path of a JSON file, cannot be read.
+    """Raise RecipeError if a setting that is JSON, or the path of a JSON file, cannot be read.
 
     transformers parses a string that starts with `{` as JSON. Other strings are paths for the settings of
     `_FILES` (DeepSpeed reads its own file), and invalid for those of `_DICTS`.
@@ -93,7 +93,7 @@ def _unreadable(name: str, value: str, reason: object, fix: str) -> RecipeError:
 
 
 def require_one_checkpointing(args: TrainingArguments) -> None:
-    """Raises RecipeError if the two names of gradient checkpointing have different values."""
+    """Raise RecipeError if the two names of gradient checkpointing have different values."""
     if problems := list(_checkpointing_conflicts(args)):
         raise RecipeError(
             "; ".join(problem.text for problem in problems),
@@ -158,7 +158,7 @@ def _unknown(
 
 
 def _companion_problems(args: TrainingArguments) -> Iterator[Problem]:
-    """Problems of settings that depend on another one."""
+    """Yield the problems of settings that depend on another one."""
     if args.lr_scheduler_type == "constant" and args.warmup_steps:
         yield (
             Problem(
@@ -202,7 +202,7 @@ def lowest_is_best(metric: str) -> bool:
 def require_best_metric(
     args: Any, metrics: Mapping[str | None, Collection[str]], *, asked: bool = False
 ) -> None:
-    """Raises RecipeError if `metric_for_best_model` is not a metric of the evaluation.
+    """Raise RecipeError if `metric_for_best_model` is not a metric of the evaluation.
 
     Args:
         args: a config.
@@ -260,5 +260,5 @@ def _fsdp_checkpointing(args: TrainingArguments) -> bool:
 
 
 def _is_true(value: Any) -> bool:
-    """Parses a flag as accelerate does for FSDP."""
+    """Parse a flag as accelerate does for FSDP."""
     return str(value).lower() in ("y", "yes", "t", "true", "on", "1")

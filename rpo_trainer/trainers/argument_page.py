@@ -13,7 +13,7 @@ from rpo_trainer.trainers.trl_table import ALL, PREFERENCE, REWARD, SFT
 _HEAD = """# Training arguments
 
 The configs of the trainers have all fields of `transformers.TrainingArguments`, and `training_args` of a
-recipe's stage takes them too. A value that would have no effect is refused when the config is made
+recipe's stage takes them too. A value that would have no effect is refused when the config is created
 (`rpo-trainer check` reports it before training). All problems are reported at once.
 
 - **read**: the setting takes effect, as the right column says.
@@ -25,7 +25,7 @@ This page is generated: `python -m rpo_trainer.trainers.argument_page > docs/tra
 
 
 def page() -> str:
-    """The whole page."""
+    """Return the full page."""
     return "\n".join(
         [
             _HEAD,
@@ -37,7 +37,7 @@ def page() -> str:
                 "Arguments of TRL",
                 ALL,
                 "In Python, the configs also take the arguments that TRL's configs have (1.16), so "
-                "that scripts written for TRL run. Those that ask for what is done in any case are "
+                "that scripts written for TRL run. Those that request the existing behavior are "
                 "listed in one warning. This table is for all configs, the next ones for one each.",
             ),
             *_section("Arguments of TRL's `SFTConfig`", SFT[len(ALL) :]),
@@ -83,7 +83,7 @@ def _defaults() -> list[str]:
     lines = [
         "## Defaults that differ from TRL's",
         "",
-        "All other fields that TRL has too have its default. Recipes set their own values and do not "
+        "All other fields that TRL also has have TRL's default. Recipes set their own values and do not "
         "depend on these.",
         "",
         "| field | default | TRL | reason |",

@@ -63,29 +63,29 @@ def read(
     recipe: str = "",
     some_versions: bool = False,
 ) -> Setting:
-    """Settings that take effect; `names` are separated by spaces."""
+    """Return settings that take effect; `names` are separated by spaces."""
     return Setting(
         tuple(names.split()), "read", text, instead, (), not_taken, recipe, some_versions
     )
 
 
 def refused(names: str, text: str, instead: str, *taken: Any) -> Setting:
-    """Settings that only accept the values of `taken` (if empty, the default of transformers)."""
+    """Return settings that only accept the values of `taken` (if empty, the default of transformers)."""
     return Setting(tuple(names.split()), "refused", text, instead, taken)
 
 
 def harmless(names: str, text: str) -> Setting:
-    """Settings that change no result."""
+    """Return settings that change no result."""
     return Setting(tuple(names.split()), "harmless", text)
 
 
 def by_name(table: Iterable[Setting]) -> dict[str, Setting]:
-    """The rows of a table by field."""
+    """Return the rows of a table by field."""
     return {name: row for row in table for name in row.names}
 
 
 def defaults_of(config: type) -> dict[str, Any]:
-    """The defaults of a dataclass, by field."""
+    """Return the defaults of a dataclass, by field."""
     return {
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(config)
@@ -98,7 +98,7 @@ def refusals(
     defaults: Mapping[str, Any],
     prefix: str = "",
 ) -> Iterator[Problem]:
-    """A problem for each value that a table refuses.
+    """Yield a problem for each value that a table refuses.
 
     Args:
         values: the settings by name.

@@ -1,15 +1,14 @@
 """The settings of `TrainingArguments`, `accelerator_config` and `fsdp_config`, field by field.
 
 Each row was checked against transformers' `trainer.py` and `training_args.py`, and against the methods that
-our
-trainers override: data loaders, loss, evaluation and checkpoints.
+our trainers override: data loaders, loss, evaluation and checkpoints.
 """
 
 from __future__ import annotations
 
 from rpo_trainer.trainers.argument_status import Setting, harmless, read, refused
 
-_NO_PREDICTIONS = "metrics come from log-probabilities, without logits, labels or `compute_metrics`"
+_NO_PREDICTIONS = "metrics come from log-probs, without logits, labels or `compute_metrics`"
 _OWN_LOADER = "the trainer creates its own data loaders, which accelerate does not prepare"
 _METRICS = "the loss and its metrics are logged; for other metrics subclass the trainer and extend `evaluate`"
 _HUB = "transformers: used with `push_to_hub`"

@@ -6,7 +6,7 @@ The steps of `train()` in order, each with its method. (T): method of `transform
     __init__                      config, model, tokenizer and rows are prepared and checked; (T) the rest
       DataSets, tokenized           rows to token ids; dropped rows are counted
       Engine, OutputWriter          DDP, FSDP2 or DeepSpeed is set up; output is checked to be writable
-      _prove_layout                 the fastest layout that gives the results of plain forwards
+      _prove_layout                 the fastest layout that reproduces plain forward passes
     train
       checkpoints.to_resume         a complete checkpoint of this engine
       before_training        [hook] the model as it was passed
@@ -163,7 +163,7 @@ class BaseTrainer(Trainer):
         self.step_guard = StepGuard(args.allowed_skips)
 
     def _prove_layout(self) -> None:
-        """Chooses the layout; for sharded weights this happens after they are wrapped."""
+        """Choose the layout; for sharded weights this happens after they are wrapped."""
         self.layout = setup.proved_layout(self.model, self.args, self.data.longest)
         self.router = router_term(self.model, self.args, self._reduce)
         if getattr(self.args, "disable_dropout", False):
@@ -177,16 +177,16 @@ class BaseTrainer(Trainer):
 
     @abstractmethod
     def losses(self, sums: Tensor, batch: PackedBatch) -> StepResult:
-        """Terms and metrics from `outputs` and a batch of `PackingCollator`."""
+        """Return terms and metrics from `outputs` and a batch of `PackingCollator`."""
 
     def outputs(self, model: nn.Module, inputs: PackedBatch) -> Tensor:
-        """Inputs of the losses, for each response: `[R]` summed log-probs."""
+        """Return the inputs of the losses, for each response: `[R]` summed log-probs."""
         logps = token_logprobs(model, inputs.model_inputs)
         return response_sums(logps, inputs.response_index, len(inputs.response_tokens))
 
     @classmethod
     def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
-        """Names of the metrics of an evaluation, without prefix, for `metric_for_best_model`.
+        """Return the names of the metrics of an evaluation, without prefix, for `metric_for_best_model`.
 
         A subclass with additional terms or metrics adds their names.
 
@@ -198,26 +198,26 @@ class BaseTrainer(Trainer):
         return {"loss", *own}
 
     def data_options(self, args: BaseConfig) -> dict[str, Any]:
-        """Additional arguments of `prepare_dataset`."""
+        """Return additional arguments of `prepare_dataset`."""
         return {}
 
     def before_training(self, resume_from_checkpoint: str | None) -> None:
-        """Called before the loop starts, with the model as it was passed."""
+        """Prepare for training, with the model as it was passed; called before the loop starts."""
 
     def policy_ready(self, resume_from_checkpoint: str | None) -> None:
-        """Called before the loop starts, with the model on its device and, if it is sharded, wrapped.
+        """Use the model on its device (wrapped, if it is sharded); called before the loop starts.
 
         The weights are still the initial ones; a checkpoint is loaded afterwards.
         """
 
     def before_forward(self, inputs: PackedBatch) -> None:
-        """Called before the forward of a micro-batch, in training and evaluation."""
+        """Prepare the forward pass of a micro-batch, in training and evaluation."""
 
     def evaluated(self, batch: PackedBatch, outputs: StepOutputs) -> None:
-        """Called with each evaluation micro-batch and its results from `compute_loss`."""
+        """Process an evaluation micro-batch and its results from `compute_loss`."""
 
     def before_update(self) -> bool:
-        """Called before each optimizer step, when gradients are final; raises to prevent the step.
+        """Check the final gradients before each optimizer step; raise to prevent the step.
 
         Returns:
             Whether the step is taken; False: it is skipped, and gradients are cleared.
@@ -250,19 +250,19 @@ class BaseTrainer(Trainer):
         return PackingCollator(self.layout, self.pad_token_id, examples)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Micro-batches of this rank; the sampler shards, so accelerate must not."""
+        """Return micro-batches of this rank; the sampler shards, so accelerate must not."""
         if self.train_dataset is None:
             raise ValueError("training requires a train_dataset")
         examples = self.train_dataset
         return train_loader(examples, self.args, self._collator(examples), self._train_batch_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Micro-batches of this rank, longest first."""
+        """Return micro-batches of this rank, longest first."""
         examples = self._eval_examples(eval_dataset)
         return eval_loader(examples, self.args, self._collator(examples))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
-        """For `predict`, which returns metrics and no predictions."""
+        """Return micro-batches for `predict`, which returns metrics and no predictions."""
         return self.get_eval_dataloader(test_dataset)
 
     def _eval_examples(self, eval_dataset: Any) -> Examples:
@@ -281,7 +281,7 @@ class BaseTrainer(Trainer):
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
     ) -> Any:
-        """`transformers.Trainer.train`; `True` resumes from the newest complete checkpoint.
+        """Train as `transformers.Trainer` does; `True` resumes from the newest complete checkpoint.
 
         None: see `args.resume_from_checkpoint`.
         """
@@ -308,7 +308,7 @@ class BaseTrainer(Trainer):
     def _prepare_for_training(
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        """As in transformers, but with hooks between wrapping the model and loading a checkpoint."""
+        """Prepare as transformers does, with hooks between wrapping the model and loading a checkpoint."""
         # Use the current intervals for logging and saving, not those of the checkpoint.
         self.state.compute_steps(self.args, max_steps)  # type: ignore[no-untyped-call]
         setup.stop_input_gradients(self.model, self.args)
@@ -330,7 +330,7 @@ class BaseTrainer(Trainer):
         return model, train_dataloader
 
     def get_total_train_batch_size(self, args: Any) -> int:
-        """Examples of one optimizer step, over all ranks."""
+        """Return the number of examples of an optimizer step, over all ranks."""
         if args.micro_batch_tokens is not None:
             return int(args.examples_per_step())
         return int(super().get_total_train_batch_size(args))
@@ -340,7 +340,7 @@ class BaseTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[PackedBatch | StepBatch], Tensor | None]:
-        """The micro-batches of one optimizer step, and the counts of the global batch, `[2]`."""
+        """Return the micro-batches of one optimizer step, and the counts of the global batch, `[2]`."""
         if self.state.global_step >= self.state.max_steps:
             # Resumed from the last step: transformers would stop one step too late.
             self.control.should_training_stop = True
@@ -375,7 +375,7 @@ class BaseTrainer(Trainer):
         return total
 
     def _router_sums(self, model: nn.Module, batch: PackedBatch) -> Tensor:
-        """Sums for the load-balancing loss of a micro-batch, from a forward without the head."""
+        """Return the sums for the load-balancing loss of a micro-batch, from a forward without the head."""
         assert self.router is not None
         inputs = self._prepare_inputs(batch)
         self.before_forward(inputs)
@@ -383,7 +383,7 @@ class BaseTrainer(Trainer):
             return self.router.sums_only(model, inputs)
 
     def _prepare_inputs(self, inputs: PackedBatch) -> PackedBatch:  # type: ignore[override]
-        """Moves tensors and keeps their dtype: rewards and log-probs stay float32 with DeepSpeed."""
+        """Move tensors and keep their dtype: rewards and log-probs stay float32 with DeepSpeed."""
         return inputs.to(self.args.device)
 
     def compute_loss(  # type: ignore[override]
@@ -393,7 +393,7 @@ class BaseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | None = None,
     ) -> Any:
-        """Loss of a micro-batch, scaled so that the sum over micro-batches and ranks is the total loss."""
+        """Return the loss of a micro-batch, scaled to sum to the total loss over micro-batches and ranks."""
         self.before_forward(inputs)
         if self.router is not None:
             self.router.request(inputs)
@@ -427,7 +427,7 @@ class BaseTrainer(Trainer):
     # --- log lines and evaluation ---
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds metrics to a training log line: means over all examples since the last one."""
+        """Add metrics to a training log line: means over all examples since the last one."""
         if "loss" in logs:
             logs.update(self.metrics.training.drain(self._reduce))
             logs["num_tokens"] = self.tokens_seen.total()
@@ -440,7 +440,7 @@ class BaseTrainer(Trainer):
         return self.accelerator.reduce(sums, reduction="sum")  # type: ignore[no-any-return]
 
     def _track_num_input_tokens(self, inputs: PackedBatch | StepBatch) -> None:
-        """Adds the tokens of a training forward, or of all forwards of a step, over all ranks."""
+        """Add the tokens of a training forward, or of all forwards of a step, over all ranks."""
         wanted = self.args.include_num_input_tokens_seen
         if wanted != "no":
             tokens = inputs.num_tokens(padding=wanted == "all")
@@ -448,11 +448,11 @@ class BaseTrainer(Trainer):
             self.state.num_input_tokens_seen += int(seen)
 
     def floating_point_ops(self, inputs: PackedBatch | StepBatch) -> int:  # type: ignore[override]
-        """Estimated FLOPs of a training forward and backward on this rank."""
+        """Return the estimated FLOPs of a training forward and backward pass on this rank."""
         return self._flops_per_token * inputs.num_tokens(padding=True)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """`transformers.Trainer.evaluate`; with FSDP and DeepSpeed only after training has started."""
+        """Evaluate as transformers does; with FSDP and DeepSpeed only after training has started."""
         self.engine.require_wrapped()
         return super().evaluate(*args, **kwargs)
 
@@ -463,7 +463,7 @@ class BaseTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
-        """Loss of an evaluation micro-batch; its metrics are added to the sums."""
+        """Return the loss of an evaluation micro-batch; its metrics are added to the sums."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -471,7 +471,7 @@ class BaseTrainer(Trainer):
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """As in transformers, but metrics are means over all examples of all ranks."""
+        """Evaluate as transformers does, but with means over all examples of all ranks as metrics."""
         self.metrics.evaluation.drain()
         output = super().evaluation_loop(*args, **kwargs)
         router = {} if self.router is None else {ROUTER_AUX: self.router.evaluated()}
@@ -493,13 +493,13 @@ class BaseTrainer(Trainer):
         return str(staging) if staging else super()._get_output_dir(trial)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Pushes a complete checkpoint: a staged one would be moved during the upload."""
+        """Push a complete checkpoint: a staged one would be moved during the upload."""
         if self.checkpoints.staging is None:
             with self.output.pushed(self):
                 super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """`transformers.Trainer.save_model`; sharded weights are gathered and saved in float32."""
+        """Save the model as transformers does; sharded weights are gathered and saved in float32."""
         if not self.engine.wraps_late:
             super().save_model(output_dir, _internal_call)
         elif not (
@@ -509,7 +509,7 @@ class BaseTrainer(Trainer):
             self._save(output_dir, state_dict=weights)
 
     def create_model_card(self, *args: Any, dataset_name: Any = None, **kwargs: Any) -> None:
-        """`transformers.Trainer.create_model_card`, with TRL's name for `dataset`."""
+        """Create the model card of `transformers.Trainer`, with TRL's name for `dataset`."""
         if dataset_name is not None:
             kwargs["dataset"] = dataset_name
         super().create_model_card(*args, **kwargs)

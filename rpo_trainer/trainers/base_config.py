@@ -50,7 +50,7 @@ class TrlDefault(NamedTuple):
 
 
 def described(text: str, default: Any, **parsed: Any) -> Any:
-    """A field with its help.
+    """Return a field with its help.
 
     Args:
         parsed: further arguments of `argparse`'s `add_argument`; HfArgumentParser passes them on.
@@ -59,12 +59,12 @@ def described(text: str, default: Any, **parsed: Any) -> Any:
 
 
 def switch(text: str) -> Any:
-    """A field that is True, False or None; on a command line its name alone means True."""
+    """Return a field that is True, False or None; on a command line its name alone means True."""
     return described(text, None, nargs="?", const=True)
 
 
 def config(made_of: type[C]) -> type[C]:
-    """Adds the help of the fields to the docstring of a config, and answers to unknown arguments."""
+    """Add the help of the fields to the docstring of a config, and answers to unknown arguments."""
     made_of.__doc__ = _with_fields(made_of)
     made = made_of.__init__
     known = inspect.signature(made).parameters
@@ -78,7 +78,7 @@ def config(made_of: type[C]) -> type[C]:
 
 
 def _with_fields(config: type[C]) -> str:
-    """The docstring of a config with the help of its own fields."""
+    """Return the docstring of a config with the help of its own fields."""
     foreign = {field.name: field for field in fields(TrainingArguments)}
     lines = [
         textwrap.fill(
@@ -141,13 +141,13 @@ class BaseConfig(TrlArguments):
     )
     micro_batch_tokens: int | None = described(
         "Maximum number of tokens per training forward, instead of per_device_train_batch_size: each global "
-        "batch is split into as many forwards as needed. A longer example is a forward by itself.",
+        "batch is split into as many forwards as needed. A longer example gets its own forward.",
         None,
     )
     layout: str = described(
         "How responses are laid out: `shared` (each prompt once per packed row), `packed`, `padded` (one "
-        "response per row), `single` (one response per forward), or `auto`: the first of them that is shown "
-        "to give the same log-probs as the model's own forward.",
+        "response per row), `single` (one response per forward), or `auto`: the first of them that "
+        "reproduces the log-probs of the model's own forward.",
         "auto",
     )
     logits_chunk_bytes: int = described(
@@ -219,7 +219,7 @@ class BaseConfig(TrlArguments):
         )
 
     def _forget_derived(self) -> None:
-        """Resets derived fields of a copy to the given values, unless the copy has another value."""
+        """Reset derived fields of a copy to the given values, unless the copy has another value."""
         for name, (given, filled_in) in self._derived().items():
             if name in _DERIVED and getattr(self, name, None) == filled_in:
                 setattr(self, name, given)
@@ -229,7 +229,7 @@ class BaseConfig(TrlArguments):
         return known or {}
 
     def _set_batch(self, asked_accumulation: int) -> None:
-        """Derives global batch size and accumulation steps from each other."""
+        """Derive global batch size and accumulation steps from each other."""
         if self.micro_batch_tokens is not None:
             if self.global_batch_size is None:
                 self.global_batch_size = self.examples_per_step()
@@ -261,7 +261,7 @@ class BaseConfig(TrlArguments):
                 )
 
     def check(self) -> None:
-        """Raises RecipeError that lists all invalid values; trainers call it again for changed configs."""
+        """Raise RecipeError that lists all invalid values; trainers call it again for changed configs."""
         problems = list(self._problems())
         if problems:
             name = type(self).__name__
@@ -277,7 +277,7 @@ class BaseConfig(TrlArguments):
             )
 
     def _set_defaults(self) -> None:
-        """Sets defaults that depend on the machine or on another field."""
+        """Set defaults that depend on the machine or on another field."""
         if self.bf16 is None:
             self.bf16 = bfloat16_by_default(self)
         require_one_checkpointing(self)
@@ -302,7 +302,7 @@ class BaseConfig(TrlArguments):
         )
 
     def set_default_checkpointing(self, able: bool) -> None:
-        """Sets the default of gradient checkpointing for a model that supports it, or does not."""
+        """Set the default of gradient checkpointing for a model that supports it, or does not."""
         self._set_checkpointing(able and checkpointing_by_default(self))
         now = {
             name: [None, self.gradient_checkpointing]
@@ -320,25 +320,25 @@ class BaseConfig(TrlArguments):
                 setattr(self, name, on)
 
     def _set_order(self) -> None:
-        """Derives `shuffle` and `train_sampling_strategy` from each other: they have the same meaning."""
+        """Derive `shuffle` and `train_sampling_strategy` from each other: they have the same meaning."""
         if self.shuffle is None:
             self.shuffle = self.train_sampling_strategy != "sequential"
         elif not self.shuffle and self.train_sampling_strategy == "random":
             self.train_sampling_strategy = "sequential"
 
     def examples_per_step(self) -> int:
-        """Examples per optimizer step, over all ranks."""
+        """Return the number of examples per optimizer step, over all ranks."""
         if self.micro_batch_tokens is not None and self.global_batch_size is not None:
             return self.global_batch_size
         micro = self.per_device_train_batch_size * self.world_size
         return int(micro * self.gradient_accumulation_steps)
 
     def mixed_precision_dtype(self) -> torch.dtype | None:
-        """The autocast dtype; None: no autocast."""
+        """Return the autocast dtype; None: no autocast."""
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
     def _problems(self) -> list[Problem]:
-        """Problems of the values; a subclass adds those of its own fields."""
+        """Return the problems of the values; a subclass adds those of its own fields."""
         return [*config_problems(self), *self.trl_problems()]
 
     @property

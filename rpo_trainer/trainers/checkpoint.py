@@ -48,7 +48,7 @@ class Checkpoints:
 
     @contextmanager
     def staged(self, output: Path, state: TrainerState) -> Iterator[None]:
-        """Context in which a checkpoint is written to `staging`; it is moved to `output` when complete."""
+        """Write a checkpoint to `staging` inside this context, and move it to `output` when complete."""
         name = f"checkpoint-{state.global_step}"
         staging = output / STAGING
         if self.args.should_save:
@@ -75,7 +75,7 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def to_resume(self, wanted: str | bool | None) -> str | None:
-        """The checkpoint for `train(resume_from_checkpoint=wanted)`; None: start from scratch.
+        """Return the checkpoint for `train(resume_from_checkpoint=wanted)`; None to start from scratch.
 
         Args:
             wanted: a directory, or whether to resume from the newest complete checkpoint (a bool, or a string
@@ -119,7 +119,7 @@ class Checkpoints:
 
 @contextmanager
 def keep_hyperparameters_on_load(optimizer: Any, scheduler: Any) -> Iterator[None]:
-    """Context in which loading a checkpoint keeps learning rate, betas and weight decay of the config.
+    """Keep learning rate, betas and weight decay of the config when a checkpoint is loaded inside.
 
     Otherwise the values in the checkpoint would replace them.
     """
@@ -141,7 +141,7 @@ def keep_hyperparameters_on_load(optimizer: Any, scheduler: Any) -> Iterator[Non
 
 
 def load_into_wrapped(trainer: Any, folder: str) -> None:
-    """Loads a checkpoint into a trainer whose model is wrapped by an engine."""
+    """Load a checkpoint into a trainer whose model is wrapped by an engine."""
     with keep_hyperparameters_on_load(trainer.optimizer, trainer.lr_scheduler):
         if trainer.engine.uses_deepspeed:
             deepspeed_load_checkpoint(  # type: ignore[no-untyped-call]
@@ -156,7 +156,7 @@ def load_into_wrapped(trainer: Any, folder: str) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes sizes and hashes of all files of the directory to its `manifest.json`, synced to disk."""
+    """Write sizes and hashes of all files of the directory to its `manifest.json`, synced to disk."""
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "xxh3_128": file_digest(path)}
         for path in sorted(folder.rglob("*"))
@@ -166,7 +166,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_manifest(folder: Path) -> str | None:
-    """How a directory differs from its manifest; None: not at all."""
+    """Return the difference between a directory and its manifest, or None if there is none."""
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"no {MANIFEST}: it was not written completely"
@@ -193,7 +193,7 @@ def verify_manifest(folder: Path) -> str | None:
 
 
 def commit(staged: Path, final: Path) -> None:
-    """Turns a staged directory into a complete checkpoint at `final`."""
+    """Turn a staged directory into a complete checkpoint at `final`."""
     write_manifest(staged)
     if final.exists():
         shutil.rmtree(final)
@@ -201,7 +201,7 @@ def commit(staged: Path, final: Path) -> None:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoint directories, newest first."""
+    """Return the checkpoint directories, newest first."""
     if not output_dir.is_dir():
         return []
     found = [path for path in output_dir.iterdir() if _NAME.match(path.name)]
@@ -209,7 +209,7 @@ def checkpoints(output_dir: Path) -> list[Path]:
 
 
 def last_complete(output_dir: Path) -> Path | None:
-    """The newest checkpoint that matches its manifest; damaged ones are skipped with a WARNING."""
+    """Return the newest checkpoint that matches its manifest; damaged ones are skipped with a WARNING."""
     for path in checkpoints(output_dir):
         fault = verify_manifest(path)
         if fault is None:
@@ -219,7 +219,7 @@ def last_complete(output_dir: Path) -> Path | None:
 
 
 def require_complete(folder: Path) -> None:
-    """Raises RunError if there is no checkpoint, or it does not match its manifest."""
+    """Raise RunError if there is no checkpoint, or it does not match its manifest."""
     if not folder.is_dir():
         raise RunError(
             "there is no such checkpoint directory",
@@ -238,7 +238,7 @@ def require_complete(folder: Path) -> None:
 
 
 def refuse_pickles(folder: Path) -> None:
-    """Raises RunError if the weights of a checkpoint are pickled: loading a pickle can run code.
+    """Raise RunError if the weights of a checkpoint are pickled: loading a pickle can run code.
 
     accelerate's file for FSDP (pytorch_model_fsdp*.bin) is loaded with `weights_only=True`.
     """
@@ -255,7 +255,7 @@ def refuse_pickles(folder: Path) -> None:
 
 
 def require_state(folder: Path, *, scaler: bool, own_scheduler: bool, ranks: int) -> None:
-    """Raises RunError if a checkpoint lacks state that an exact resume needs.
+    """Raise RunError if a checkpoint lacks state that an exact resume needs.
 
     transformers would continue with a new optimizer, schedule or RNG state.
 
@@ -282,7 +282,7 @@ def require_state(folder: Path, *, scaler: bool, own_scheduler: bool, ranks: int
             code="run.incomplete-checkpoint",
             details={"missing": list(missing)},
             where=str(folder),
-            why="it would be replaced by a new one (save_only_model writes such checkpoints)",
+            why="training would resume with new state (save_only_model writes such checkpoints)",
             fix="start a new run from its weights (from_pretrained), or resume from a full checkpoint",
         )
     wanted = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{r}.pth" for r in range(ranks)]
@@ -294,7 +294,7 @@ def require_state(folder: Path, *, scaler: bool, own_scheduler: bool, ranks: int
 
 
 def rotate(output_dir: Path, limit: int | None, keep: str | None) -> None:
-    """Removes the oldest checkpoints beyond `limit`, but neither the newest nor the one at `keep`."""
+    """Remove the oldest checkpoints beyond `limit`, but neither the newest nor the one at `keep`."""
     if not limit or limit < 1:
         return
     found = checkpoints(output_dir)

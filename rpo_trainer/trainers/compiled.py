@@ -22,7 +22,7 @@ from rpo_trainer.step.attention import ATTENTION_NAME, packed_attention
 
 
 def compile_layers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Compiles the layers in place of accelerate, which would compile the entire model.
+    """Compile the layers instead of the entire model, as accelerate would.
 
     Raises:
         ModelError: no layers were found in the model.
@@ -53,7 +53,7 @@ def compile_layers(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def _require_compiler(settings: dict[str, Any], device: torch.device) -> None:
-    """Tries the backend early: it may need a compiler that is not installed."""
+    """Try the backend early: it may need a compiler that is not installed."""
     try:
         torch.compile(torch.sin, **settings)(torch.zeros(2, device=device))
     except Exception as error:

@@ -56,12 +56,12 @@ class PreferenceConfig(TrlPreference, BaseConfig):
         "Divide the log-prob of each response by its number of tokens.", False
     )
     disable_dropout: bool = described(
-        "Turn off all noise in training (dropout, layer drop, router jitter): the reference has none.",
+        "Turn off all noise in training (dropout, layer drop, router jitter): the reference model has none.",
         True,
     )
     step0_check: bool = described(
-        "Stop before the first update if the log-probs of policy and reference differ although the models "
-        "are the same.",
+        "Stop before the first update if the log-probs of policy and reference model differ although the "
+        "models are the same.",
         True,
     )
     reference_cache_dir: str | None = described(

@@ -20,7 +20,7 @@ _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
 
 def config_problems(args: Any) -> Iterator[Problem]:
-    """A problem for each invalid value of a `BaseConfig`."""
+    """Yield a problem for each invalid value of a `BaseConfig`."""
     yield from setting_problems(args)
     if args.shuffle and args.train_sampling_strategy == "sequential":
         yield Problem(
@@ -88,7 +88,7 @@ def config_problems(args: Any) -> Iterator[Problem]:
 
 
 def noise_problems(args: Any, why: str) -> Iterator[Problem]:
-    """A problem if NEFTune noise is set, which only SFT supports.
+    """Yield a problem if NEFTune noise is set, which only SFT supports.
 
     Args:
         why: the reason.
@@ -102,7 +102,7 @@ def noise_problems(args: Any, why: str) -> Iterator[Problem]:
 
 
 def _nonfinite_problems(args: Any) -> Iterator[Problem]:
-    """Problems of on_nonfinite; at most one, because each makes the next ones meaningless."""
+    """Yield the problems of on_nonfinite; at most one, because each makes the next ones meaningless."""
     if args.on_nonfinite not in ("stop", "skip"):
         yield Problem(
             f"on_nonfinite must be stop or skip, got {args.on_nonfinite!r}",
@@ -140,7 +140,7 @@ def _nonfinite_problems(args: Any) -> Iterator[Problem]:
 
 
 def accumulation_of(batch: int, per_device: int, ranks: int, where: str) -> int:
-    """Forwards per rank and optimizer step.
+    """Return the number of forward passes per rank and optimizer step.
 
     Raises:
         RecipeError: the global batch size is not a multiple of ranks × `per_device`.

@@ -61,7 +61,7 @@ class DataSets:
     def require_best_metric(
         self, model: nn.Module, args: Any, names: Callable[[Any, Examples], set[str]]
     ) -> None:
-        """Raises RecipeError if `metric_for_best_model` is not a metric of the evaluation.
+        """Raise RecipeError if `metric_for_best_model` is not a metric of the evaluation.
 
         Args:
             names: maps config and examples to the names of their metrics.
@@ -76,7 +76,7 @@ class DataSets:
     def require_fit(
         self, model: nn.Module, examples: Examples, layout: Layout, *, checked: bool
     ) -> None:
-        """Checks evaluation examples against the model and the layout.
+        """Check evaluation examples against the model and the layout.
 
         Args:
             checked: whether they were checked against the weights of the model before.
@@ -96,7 +96,7 @@ def tokenized(
     audits: dict[str, Audit],
     **options: Any,
 ) -> Examples:
-    """Tokenizes the rows of a data set; dropped rows are counted and logged.
+    """Tokenize the rows of a data set; dropped rows are counted and logged.
 
     Args:
         name: `train`, `eval` or `eval_NAME`, for messages.
@@ -105,7 +105,7 @@ def tokenized(
         options: further arguments of `prepare_dataset`.
 
     Raises:
-        DataError: a row is invalid, or no row is left.
+        DataError: a row is invalid, or no rows are left.
     """
     from rpo_trainer.data import Audit, prepare_dataset
 

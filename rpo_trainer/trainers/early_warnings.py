@@ -2,12 +2,12 @@
 
 They compare means over at least the last 64 examples with thresholds:
 
-- `chosen_falling`: chosen log-probs are below the reference's by 10 % of their absolute value and by 2 nats
-  per response;
+- `chosen_falling`: chosen log-probs are below the reference model's by 10% of their absolute value and by
+  2 nats per response;
 - `targets_saturated`: σ(target gap) is below 0.01 or above 0.99 for half of the examples (RPO's KL losses);
 - `margins_exploding`: the implicit reward gap is above 10 and, with rewards, above 3 times the target gap;
-- `chosen_unlearned`: pair accuracy is at least 0.99 while chosen log-probs are below the reference's by 2 %
-  of their absolute value and by 0.5 nats per response.
+- `chosen_unlearned`: pair accuracy is at least 0.99 while chosen log-probs are below the reference model's
+  by 2% of their absolute value and by 0.5 nats per response.
 
 Each is logged once per run. They only depend on the log lines, so a resumed run does not repeat them.
 """
@@ -47,7 +47,7 @@ class EarlyWarning:
 
 
 def find_warnings(means: Mapping[str, float], args: Any) -> Iterator[EarlyWarning]:
-    """The warnings for these metrics.
+    """Yield the warnings for these metrics.
 
     Args:
         means: training metrics of a preference trainer by name; missing ones are not checked.
@@ -60,7 +60,7 @@ def find_warnings(means: Mapping[str, float], args: Any) -> Iterator[EarlyWarnin
         yield EarlyWarning(
             "chosen_falling",
             f"chosen log-probs are {_below(fall, size)}: the chosen responses become less likely, in favor "
-            "of text that is in no example",
+            "of text outside the examples",
             f"{_chosen_advice(args)}, or lower learning_rate",
         )
     saturated = means.get("rewards/target_saturated", 0.0) > SATURATED_FRACTION
@@ -93,11 +93,11 @@ def find_warnings(means: Mapping[str, float], args: Any) -> Iterator[EarlyWarnin
 
 def _below(fall: float, size: float) -> str:
     percent = f" ({fall / size:.0%})" if size else ""
-    return f"{fall:.3g} nats per response below the reference's{percent}"
+    return f"{fall:.3g} nats per response below the reference model's{percent}"
 
 
 def _chosen_advice(args: Any) -> str:
-    """Advice to keep the chosen responses likely."""
+    """Return advice to keep the chosen responses likely."""
     weight = "set" if not args.sft_loss_weight else "raise"
     return (
         f"{weight} sft_loss_weight (now {args.sft_loss_weight:g}), raise beta (now {args.beta:g})"
@@ -125,7 +125,7 @@ class EarlyWarnings(TrainerCallback):
         self._step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Finds the warnings of earlier log lines of a resumed run, so that they are not repeated."""
+        """Find the warnings of earlier log lines of a resumed run, so that they are not repeated."""
         self._forget()
         for line in state.log_history:
             self._look(args, line["step"], line)
@@ -145,7 +145,7 @@ class EarlyWarnings(TrainerCallback):
             self.note(self.found)
 
     def _look(self, args: Any, step: int, logs: Mapping[str, Any]) -> list[EarlyWarning]:
-        """New warnings after this log line."""
+        """Return new warnings after this log line."""
         if "loss" not in logs or "rewards/margins" not in logs:
             return []
         self._lines.append(((step - self._step) * args.examples_per_step(), logs))

@@ -64,12 +64,12 @@ class Engine:
         self._deepspeed_guard: DeepSpeedGuard | None = None
 
     def guard_optimizer(self, optimizer: Any) -> None:
-        """Makes DeepSpeed call the guards within its step; called once, after wrapping the model."""
+        """Make DeepSpeed call the guards within its step; called once, after wrapping the model."""
         if self.uses_deepspeed:
             self._deepspeed_guard = DeepSpeedGuard(optimizer, self._before_update)
 
     def require_wrapped(self) -> None:
-        """Raises RecipeError for an evaluation before FSDP or DeepSpeed have wrapped the model."""
+        """Raise RecipeError for an evaluation before FSDP or DeepSpeed have wrapped the model."""
         if self.wraps_late and not self.accelerator._models:
             raise RecipeError(
                 "evaluate() was called before train()",
@@ -79,14 +79,14 @@ class Engine:
             )
 
     def before_optimizer_step(self) -> None:
-        """Called when the loop of transformers has the gradients, before its optimizer step."""
+        """Run the guards on the gradients; called before the optimizer step of the transformers loop."""
         if self._deepspeed_guard is None:
             self._before_update(None)
         else:
             self._deepspeed_guard.after_step()
 
     def full_weights(self, model: nn.Module, *, keep: bool) -> dict[str, Any]:
-        """Gathered weights in float32 (with an adapter, only its weights); called on all ranks.
+        """Return the gathered weights in float32 (with an adapter, only its weights); called on all ranks.
 
         Args:
             keep: whether this rank gets them.
@@ -96,7 +96,7 @@ class Engine:
     def accumulating(
         self, model: nn.Module, *, last: bool
     ) -> contextlib.AbstractContextManager[Any]:
-        """Context of one of several backward passes of a step: only the last one reduces gradients.
+        """Return a context for one of several backward passes of a step; only the last reduces gradients.
 
         Used for steps whose micro-batches the loop of transformers does not count.
         """
@@ -111,12 +111,12 @@ class Engine:
         return self.accelerator.no_sync(model)  # type: ignore[no-any-return]
 
     def write(self, folder: Path) -> None:
-        """Writes engine and number of ranks to a checkpoint."""
+        """Write engine and number of ranks to a checkpoint."""
         write_engine(folder, self.accelerator)
 
 
 def engine_name(accelerator: Accelerator) -> str:
-    """`none`, `ddp`, `fsdp2` or `zero0` to `zero3`."""
+    """Return `none`, `ddp`, `fsdp2` or `zero0` to `zero3`."""
     kind = accelerator.distributed_type
     if kind == DistributedType.DEEPSPEED:
         return f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
@@ -131,7 +131,7 @@ def wraps_late(accelerator: Accelerator) -> bool:
 
 
 def check_engine(args: Any, accelerator: Accelerator) -> None:
-    """Raises RecipeError if accelerate has not started the requested engine, or has conflicting settings."""
+    """Raise RecipeError if the requested engine was not started, or has conflicting settings."""
     kind, started = accelerator.distributed_type, accelerator.num_processes
     wanted = int(os.environ.get("WORLD_SIZE", 1))
     if started != wanted:
@@ -216,7 +216,7 @@ def _set(name: str) -> bool:
 
 
 def load_in_float32(args: Any) -> None:
-    """Keeps weights in float32 that are sharded by ZeRO-3 while they are loaded; called by the config.
+    """Keep weights in float32 that ZeRO-3 shards while loading; called by the config.
 
     DeepSpeed's bfloat16 mode rounds the weights before it copies them to float32, so that small updates of
     one stage would be lost when the next one starts. See `apply_engine_overrides`.
@@ -230,7 +230,7 @@ def load_in_float32(args: Any) -> None:
 
 
 def apply_engine_overrides(args: Any, accelerator: Accelerator) -> None:
-    """Corrects settings of the engine that would change results, before it wraps the model."""
+    """Correct settings of the engine that would change results, before it wraps the model."""
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:
@@ -266,7 +266,7 @@ def apply_engine_overrides(args: Any, accelerator: Accelerator) -> None:
 
 
 def wrap_present_layers(model: nn.Module, accelerator: Accelerator) -> None:
-    """By default, makes FSDP wrap those layer classes of the model class that the model contains.
+    """Make FSDP by default wrap only those layer classes of the model class that the model contains.
 
     Classes of multimodal models also name layers of towers that a checkpoint may not have.
     """
@@ -282,7 +282,7 @@ def wrap_present_layers(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def set_find_unused_parameters(model: nn.Module, args: Any, accelerator: Accelerator) -> None:
-    """Makes DDP search for unused weights only if there may be some, because the search is slow."""
+    """Make DDP search for unused weights only if there may be some, because the search is slow."""
     if accelerator.ddp_handler is not None and args.ddp_find_unused_parameters is None:
         accelerator.ddp_handler.find_unused_parameters = may_be_unused(model)
 
@@ -328,13 +328,13 @@ class DeepSpeedGuard:
             self.guards(float(getattr(self.zero, "_global_grad_norm", None) or 0.0))
 
     def after_step(self) -> None:
-        """Calls the guards if DeepSpeed has skipped the step because of its gradient."""
+        """Call the guards if DeepSpeed has skipped the step because of its gradient."""
         if not self.called:
             self.guards(float("inf"))
         self.called = False
 
     def remove(self) -> None:
-        """Removes the hook."""
+        """Remove the hook."""
         self._hook.remove()
 
 
@@ -342,13 +342,13 @@ class DeepSpeedGuard:
 
 
 def write_engine(folder: Path, accelerator: Accelerator) -> None:
-    """Writes engine and number of ranks to a checkpoint."""
+    """Write engine and number of ranks to a checkpoint."""
     content = {"engine": engine_name(accelerator), "world_size": accelerator.num_processes}
     (folder / ENGINE_FILE).write_text(json.dumps(content))
 
 
 def check_same_engine(folder: Path, accelerator: Accelerator) -> None:
-    """Raises RunError if this engine or this number of ranks cannot load a checkpoint."""
+    """Raise RunError if this engine or this number of ranks cannot load a checkpoint."""
     path = folder / ENGINE_FILE
     if not path.is_file():
         return
@@ -367,12 +367,12 @@ def check_same_engine(folder: Path, accelerator: Accelerator) -> None:
         why="DeepSpeed only resumes with the same number of ranks"
         if same
         else "each engine has its own format of optimizer files",
-        fix="start as before, or remove the checkpoints to restart the stage",
+        fix="use the same engine and number of ranks, or remove the checkpoints to restart the stage",
     )
 
 
 def shard_reference(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Shards a reference model like the policy."""
+    """Shard a reference model like the policy."""
     kind = accelerator.distributed_type
     if kind == DistributedType.FSDP:
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model

@@ -37,11 +37,11 @@ class Examples(Dataset[dict[str, Any]]):
         return row
 
     def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
-        """Rows of a micro-batch; nested lists of indices (micro-batches of a step) give nested lists."""
+        """Return the rows of a micro-batch, or nested lists for the micro-batches of a step."""
         return [self.__getitems__(i) if isinstance(i, list) else self[i] for i in indices]
 
     def without(self, column: str) -> np.ndarray:
-        """Indices of the examples whose `column` is missing or null."""
+        """Return the indices of the examples whose `column` is missing or null."""
         if column in self.extra:
             values: Any = self.extra[column]
         elif not hasattr(self.rows, "with_format"):
@@ -54,11 +54,11 @@ class Examples(Dataset[dict[str, Any]]):
         return np.flatnonzero([value is None for value in values])
 
     def response_counts(self) -> np.ndarray:
-        """K of each example."""
+        """Return the K of each example."""
         return np.array([len(lengths) for lengths in self._response_lengths()], dtype=np.int64)
 
     def costs(self, layout: Layout) -> list[int]:
-        """Number of tokens of a forward of each example."""
+        """Return the number of tokens of a forward pass of each example."""
         if not hasattr(self.rows, "with_format"):
             return [forward_tokens(self.rows[i], layout) for i in range(len(self.rows))]
         prompts = self._lengths("prompt_ids")
@@ -68,7 +68,7 @@ class Examples(Dataset[dict[str, Any]]):
         ]
 
     def shapes(self, layout: Layout) -> list[tuple[int, int]]:
-        """(rows, length) of each example: a forward costs Σ rows × maximum length, in tokens.
+        """Return (rows, length) of each example: a forward costs Σ rows × maximum length, in tokens.
 
         In the padded layout an example is K rows of the length of the longest; otherwise each token is a row
         of length 1.
@@ -104,7 +104,7 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 class PackingCollator:
-    """Packs a list of examples into a micro-batch; an empty list gives a filler of weight 0."""
+    """Packs a list of examples into a micro-batch; an empty list results in a filler of weight 0."""
 
     def __init__(self, layout: Layout, pad_token_id: int, examples: Examples | None = None) -> None:
         self.layout = layout

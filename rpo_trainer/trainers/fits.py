@@ -31,7 +31,7 @@ _ROWS = 256  # rows of a data set that are read at once
 def check_fit(
     model: nn.Module, examples: Examples | None, name: str, *, whose: str = "the model"
 ) -> None:
-    """Raises ModelError if examples have tokens or positions that a model has no weights for.
+    """Raise ModelError if examples have tokens or positions that a model has no weights for.
 
     Positions of each response start at the length of the prompt, so an example has the length of its prompt
     and longest response in every layout. If positions are computed (rotary, ALiBi) or not used, exceeding the
@@ -91,7 +91,7 @@ def _has_table(inner: Any, positions: int) -> bool:
 
 
 def check_all_fit(model: nn.Module, train: Any, evaluation: Any) -> None:
-    """`check_fit` for the data sets of a trainer; `evaluation` is one, a dict of several, or None."""
+    """Call `check_fit` for the data sets of a trainer; `evaluation` is one, a dict of several, or None."""
     check_fit(model, train, "train")
     several = evaluation if isinstance(evaluation, dict) else {"": evaluation}
     for name, examples in several.items():
@@ -99,11 +99,10 @@ def check_all_fit(model: nn.Module, train: Any, evaluation: Any) -> None:
 
 
 def trained_ends(examples: Examples | None, tokenizer: Any) -> list[int]:
-    """The special tokens at the end of trained spans, the most frequent first.
+    """Return the special tokens at the end of trained spans, the most frequent first.
 
     Tokens that are often followed by trained tokens, such as the end of an analysis before the answer, are
-    left
-    out: generation must not stop there. So are rare ones, from truncated responses or masks with gaps.
+    omitted: generation must not stop there. So are rare ones, from truncated responses or masks with gaps.
     """
     if examples is None or not len(examples) or tokenizer is None:
         return []
@@ -143,7 +142,7 @@ def _known_ends(tokenizer: Any) -> set[int]:
 
 
 def _responses(examples: Examples) -> Iterator[tuple[Any, Any, Any]]:
-    """Token ids, masks, and whether a token is the last of its response, of consecutive responses."""
+    """Yield token ids, masks and whether a token is the last of its response, for consecutive responses."""
     rows = examples.rows
     if not hasattr(rows, "with_format"):
         for row in rows:
@@ -166,7 +165,7 @@ def _responses(examples: Examples) -> Iterator[tuple[Any, Any, Any]]:
 
 
 def longest_text(model: nn.Module, *sets: Any) -> int | None:
-    """Tokens of the longest text of the data sets; None if the layout of the model does not depend on it."""
+    """Return the length of the longest text in tokens; None if the model's layout does not depend on it."""
     if rotary_limit(model) is None:
         return None
     each = [e for one in sets for e in (one.values() if isinstance(one, dict) else [one])]
@@ -174,7 +173,7 @@ def longest_text(model: nn.Module, *sets: Any) -> int | None:
 
 
 def check_layout(model: nn.Module, examples: Examples, layout: Layout, longest: int | None) -> None:
-    """Raises DataError for data with texts that are too long for the chosen layout.
+    """Raise DataError for data with texts that are too long for the chosen layout.
 
     Args:
         longest: tokens of the longest text that the layout was checked for.
@@ -186,7 +185,7 @@ def check_layout(model: nn.Module, examples: Examples, layout: Layout, longest: 
         return
     if (length := _longest(examples)) > limit.positions:
         raise DataError(
-            f"the data has a text of {length} tokens, but the layout was checked for up to {limit.positions}",
+            f"the data has a text of {length} tokens; the layout was checked only up to {limit.positions}",
             code="data.unproved-length",
             why=f"the rotary embedding ({limit.kind}) changes at this length for all texts of a batch",
             fix="pass this data as eval_dataset to the constructor, or set layout='single'",
@@ -198,7 +197,7 @@ def _longest(examples: Examples) -> int:
 
 
 def _extremes(examples: Examples) -> tuple[int, int, int]:
-    """Largest and smallest token id, and tokens of the longest prompt with response."""
+    """Return the largest and smallest token id, and tokens of the longest prompt with response."""
     rows = examples.rows
     longest = _longest(examples)
     if not hasattr(rows, "with_format"):
@@ -221,5 +220,5 @@ def _extremes(examples: Examples) -> tuple[int, int, int]:
 
 
 def _tables(rows: Any, columns: list[str]) -> Iterator[Any]:
-    """The columns of a data set as Arrow tables of a few rows, to avoid a copy of all rows."""
+    """Yield the columns of a data set as Arrow tables of a few rows, to avoid a copy of all rows."""
     yield from rows.select_columns(columns).with_format("arrow").iter(batch_size=_ROWS)

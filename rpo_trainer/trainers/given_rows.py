@@ -20,7 +20,7 @@ _SFT = "input_ids"
 
 
 def column_names(dataset: Any) -> set[str]:
-    """Columns of a data set, or of its first row; empty where it has no rows by number."""
+    """Return the columns of a data set or of its first row; empty if it has no rows by number."""
     names = getattr(dataset, "column_names", None)
     if isinstance(names, list):
         return set(names)
@@ -35,7 +35,7 @@ def column_names(dataset: Any) -> set[str]:
 
 
 def formatted_rows(dataset: Any, function: Callable[[Any], Any]) -> list[Row]:
-    """The rows that a `formatting_func` makes: it is called once for each row of `dataset`.
+    """Return the rows that `formatting_func` returns, called once for each row of `dataset`.
 
     Args:
         function: row → text to train on, a list of messages, or a row in any format.
@@ -66,7 +66,7 @@ def _as_row(value: Any, number: int) -> Row:
 
 
 def text_rows(dataset: Any, column: str | None) -> Any:
-    """Rows of `text` from another column of plain text; other data sets as they are.
+    """Return rows of `text` from another column of plain text; other data sets unchanged.
 
     Args:
         column: `dataset_text_field`.
@@ -99,7 +99,7 @@ def tokenized_rows(
     truncation: str,
     audit: Audit,
 ) -> Any:
-    """Examples from rows that were tokenized for TRL; None: the rows are not.
+    """Return examples from rows that were tokenized for TRL; None if the rows are not.
 
     SFT: `input_ids`, with `labels` (-100 is not trained), or with `completion_mask` and `assistant_masks` (a
     token is trained where all that are present are 1); without them all tokens are trained. Preferences:
@@ -210,10 +210,10 @@ def _preference(row: Row, names: Sequence[str]) -> Tokenized:
 
 
 def _prompt_length(found: Tokenized) -> int:
-    """Tokens before the first trained one; at least one, since nothing predicts the first token."""
+    """Return the number of tokens before the first trained one, at least one to predict it from."""
     return max(1, min(mask.index(1) if 1 in mask else len(mask) for mask in found.masks))
 
 
 def _trained(values: list[int], mask: list[int]) -> list[int]:
-    """Values up to the last trained token: nothing is predicted after it."""
+    """Return the values up to the last trained token; later tokens are not used."""
     return values[: len(mask) - mask[::-1].index(1)]

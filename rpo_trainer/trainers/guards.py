@@ -52,7 +52,7 @@ class StepGuard:
         self._steps = self._skipped_since_log = 0  # since the last log line
 
     def begin(self, checkpoint: str | None) -> None:
-        """Starts a run, or resumes it from a checkpoint."""
+        """Start a run, or resume it from a checkpoint."""
         self._losses, self._steps, self._skipped_since_log = [], 0, 0
         path = Path(checkpoint or "") / _FILE
         self.skipped = json.loads(path.read_text()) if checkpoint and path.is_file() else []
@@ -60,18 +60,18 @@ class StepGuard:
             self.note(self.skipped)
 
     def write(self, checkpoint: Path) -> None:
-        """Writes the skipped steps to a checkpoint, for `begin`."""
+        """Write the skipped steps to a checkpoint, for `begin`."""
         if self.skipped:
             (checkpoint / _FILE).write_text(json.dumps(self.skipped))
 
     def add(self, loss: Tensor, rows: Sequence[str]) -> None:
-        """Adds the loss of a micro-batch of the current step, and the ids of its rows."""
+        """Add the loss of a micro-batch of the current step, and the ids of its rows."""
         self._losses.append((loss, rows))
 
     def check(
         self, grad_norm: Tensor | float, *, step: int, reduce: Callable[[Tensor], Tensor]
     ) -> bool:
-        """Checks that all losses and the gradient of a step are finite; the only host sync of a step.
+        """Check that all losses and the gradient of a step are finite; the only host sync of a step.
 
         Args:
             grad_norm: norm of the gradient.
@@ -133,7 +133,7 @@ class StepGuard:
             self.note(self.skipped)
 
     def correct_log(self, logs: dict[str, float]) -> None:
-        """Corrects the means of a log line of transformers, which include skipped steps."""
+        """Correct the means of a log line of transformers, which include skipped steps."""
         taken, all_steps = self._steps - self._skipped_since_log, self._steps
         if self._skipped_since_log:
             if taken:
@@ -148,7 +148,7 @@ class StepGuard:
 
 
 def _not_finite(value: Tensor | float, device: torch.device) -> Tensor:
-    """0 or 1, on the device, without a sync."""
+    """Return 0 or 1, on the device, without a sync."""
     if not isinstance(value, Tensor):  # a float from DeepSpeed
         return torch.full((), int(not math.isfinite(value)), device=device)
     whole: Any = getattr(value, "full_tensor", lambda: value)()  # FSDP2's is a DTensor

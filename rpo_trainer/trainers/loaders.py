@@ -19,14 +19,14 @@ class EpochLoader(DataLoader[Any]):
     """A loader that passes the epoch to its sampler."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Sets the epoch, which determines the permutation of the next iteration."""
+        """Set the epoch, which determines the permutation of the next iteration."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
 def train_loader(
     examples: Examples, args: BaseConfig, collate: PackingCollator, micro_batch_size: int
 ) -> DataLoader[Any]:
-    """Micro-batches of this rank; with a token budget, entire optimizer steps (`StepCollator`)."""
+    """Return micro-batches of this rank; with a token budget, entire optimizer steps (`StepCollator`)."""
     settings: dict[str, Any] = {
         "world_size": args.world_size,
         "rank": args.process_index,
@@ -46,8 +46,8 @@ def train_loader(
     longer = [cost for rows, length in shapes if (cost := rows * length) > args.micro_batch_tokens]
     if longer and args.process_index == 0:
         logger.warning(
-            "%d of %d examples are longer than micro_batch_tokens (%d), the longest has %d tokens: each is a "
-            "forward by itself",
+            "%d of %d examples are longer than micro_batch_tokens (%d), the longest has %d tokens: each gets "
+            "its own forward pass",
             len(longer), len(shapes), args.micro_batch_tokens, max(longer),
         )  # fmt: skip
     steps = TokenBudgetSampler(
@@ -60,7 +60,7 @@ def train_loader(
 
 
 def eval_loader(examples: Examples, args: BaseConfig, collate: PackingCollator) -> DataLoader[Any]:
-    """Micro-batches of this rank, longest first."""
+    """Return micro-batches of this rank, longest first."""
     sampler = StepBatchSampler(
         examples.costs(collate.layout),
         global_batch_size=args.eval_batch_size * args.world_size,

@@ -29,11 +29,11 @@ class Metrics:
         self._before_step = self.training, torch.zeros(())
 
     def keep(self, running_loss: Tensor) -> None:
-        """Saves the sums before a step: ours, and the running loss of transformers."""
+        """Save the sums before a step: ours, and the running loss of transformers."""
         self._before_step = self.training.copy(), running_loss.clone()
 
     def undo_step(self, running_loss: Tensor) -> None:
-        """Restores what `keep` has saved: a skipped step does not count."""
+        """Restore what `keep` has saved: a skipped step does not count."""
         self.training, before = self._before_step
         running_loss.copy_(before)
 
@@ -43,7 +43,7 @@ class Metrics:
         router: Mapping[str, float],
         prefix: str,
     ) -> dict[str, float]:
-        """The means of an evaluation with prefix, and its loss.
+        """Return the means of an evaluation with prefix, and its loss.
 
         Args:
             reduce: see `MetricSums.drain`.
@@ -64,26 +64,26 @@ class MetricSums:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, values: Tensor, weights: Tensor) -> None:
-        """Adds values with weights; the mean is Σ value·weight / Σ weight."""
+        """Add values with weights; the mean is Σ value·weight / Σ weight."""
         values, weights = widest(values.detach()), widest(weights.detach())
         pair = torch.stack([(values * weights).sum(), weights.sum()])
         known = self._sums.get(name)
         self._sums[name] = pair if known is None else known + pair
 
     def add_ratio(self, name: str, numerator: Tensor, denominator: Tensor) -> None:
-        """Adds to a mean given as numerator and denominator."""
+        """Add to a mean given as numerator and denominator."""
         pair = torch.stack([widest(numerator.detach()), widest(denominator.detach())])
         known = self._sums.get(name)
         self._sums[name] = pair if known is None else known + pair
 
     def copy(self) -> MetricSums:
-        """A copy of the sums."""
+        """Return a copy of the sums."""
         other = MetricSums()
         other._sums = dict(self._sums)
         return other
 
     def drain(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
-        """Returns the means by name, and resets the sums.
+        """Return the means by name, and reset the sums.
 
         Args:
             reduce: sums a `[M, 2]` tensor over the ranks.

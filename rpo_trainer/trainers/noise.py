@@ -37,17 +37,17 @@ _DROPOUT = (
 
 
 def noise_of(config: Any) -> str:
-    """The noise of the decoder in a configuration, as `name value, ...`; empty: none."""
+    """Return the noise of the decoder in a configuration, as `name value, ...`; empty if none."""
     return text_of(dict(_fields(config.get_text_config().to_dict())))
 
 
 def text_of(found: Mapping[str, float]) -> str:
-    """`name value, ...`, sorted."""
+    """Return `name value, ...`, sorted."""
     return ", ".join(f"{name} {value:g}" for name, value in sorted(found.items()))
 
 
 def noise_in(model: nn.Module) -> dict[str, float]:
-    """Names and largest values of the noise of the model's modules."""
+    """Return the names and largest values of the noise of the model's modules."""
     found: dict[str, float] = {}
     for path, module in model.named_modules():
         values = {name: getattr(module, name) for name in _attributes(module)}
@@ -79,7 +79,7 @@ def _attributes(module: nn.Module) -> list[str]:
 
 
 def _configs(module: nn.Module) -> Iterator[tuple[PreTrainedConfig, list[str]]]:
-    """Configs of a module, and the names of noise in each that its methods read."""
+    """Yield the configs of a module, and the names of noise in each that its methods read."""
     for config in vars(module).values():
         if isinstance(config, PreTrainedConfig):
             source = _source(type(module))  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def _configs(module: nn.Module) -> Iterator[tuple[PreTrainedConfig, list[str]]]:
 
 @functools.cache
 def _source(cls: type) -> str:
-    """Source of the methods of a class, without its constructor."""
+    """Return the source of the methods of a class, without its constructor."""
     found = []
     for base in cls.__mro__[:-1]:
         if any(base is stop for stop in (nn.Module, PreTrainedModel, GradientCheckpointingLayer)):
@@ -110,7 +110,7 @@ def _source(cls: type) -> str:
 
 
 def disable_noise(model: nn.Module, why: str) -> None:
-    """Turns off all noise of a model in training, with a WARNING that names it.
+    """Turn off all noise of a model in training, with a WARNING that names it.
 
     The config that is saved with the model keeps its values. Values that also matter in eval mode are part of
     the model's function (`router_jitter_noise` of Phi-3.5-MoE), and are kept.
@@ -154,7 +154,7 @@ _Undo = list[tuple[Any, str, Any]]
 
 
 def _set_noise_to_zero(model: nn.Module, names: Collection[str]) -> _Undo:
-    """Sets noise of these names to 0; returns the previous values."""
+    """Set noise of these names to 0, and return the previous values."""
     inner, undo = transformers_model(model), []
     for path, module in model.named_modules():
         changes: dict[str, Any] = {name: 0.0 for name in _attributes(module) if name in names}
@@ -185,7 +185,7 @@ def _matters_in_eval(model: nn.Module, name: str) -> bool:
 
 
 def _zeroed_view(config: PreTrainedConfig, names: tuple[str, ...]) -> PreTrainedConfig:
-    """A view of a config in which some fields are 0; later changes of the config are visible."""
+    """Return a view of a config in which some fields are 0; later changes of the config are visible."""
     cls = type(config)
     fields: dict[str, Any] = {
         "__class__": property(lambda self: cls),
@@ -199,7 +199,7 @@ def _zeroed_view(config: PreTrainedConfig, names: tuple[str, ...]) -> PreTrained
 
 
 def log_noise(model: nn.Module) -> None:
-    """Logs the noise of a model in training."""
+    """Log the noise of a model in training."""
     found = noise_in(model)
     if found and is_main():
         logger.info("noise in training: %s", text_of(found))
@@ -219,7 +219,7 @@ def is_noisy(model: nn.Module) -> bool:
 
 
 def _same(expected: Tensor, forward: Callable[[], Tensor], found: Tensor | None = None) -> bool:
-    """Whether a forward gives the expected result, up to nondeterministic kernels."""
+    """Whether a forward pass has the expected result, up to nondeterministic kernels."""
     found = forward() if found is None else found
     if torch.equal(found, expected):
         return True
@@ -236,7 +236,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _forward(model: nn.Module, seed: int, training: bool = True) -> Tensor:
-    """Logits (or scores of a classifier) for a few tokens, with a given seed."""
+    """Return the logits (or scores of a classifier) for a few tokens, with a given seed."""
     inner = transformers_model(model)
     device, before = device_of(model), model.training
     ids = (
@@ -254,7 +254,7 @@ def _forward(model: nn.Module, seed: int, training: bool = True) -> Tensor:
 
 
 def _keep_in_eval(model: nn.Module) -> list[str]:
-    """Keeps modules that draw random numbers in eval mode; returns the names of their classes."""
+    """Keep modules that draw random numbers in eval mode, and return the names of their classes."""
     kept = set()
     for module in _drawing(model):
         # These recompute their activations only if `training` is set.
@@ -270,7 +270,7 @@ def _ignore_train(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def _drawing(model: nn.Module) -> list[nn.Module]:
-    """Modules whose own code, not that of their submodules, draws random numbers in training."""
+    """Return the modules whose own code (not that of submodules) draws random numbers in training."""
     found: dict[nn.Module, None] = {}
     running: list[tuple[nn.Module, Tensor]] = []
 

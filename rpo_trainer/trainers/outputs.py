@@ -91,7 +91,7 @@ class OutputWriter:
             check_savable(parts, self.folder)
 
     def complete(self, model: nn.Module, folder: Path, *, checkpoint: bool) -> None:
-        """Adds the files that are needed to load saved weights, and removes transformers' pickle.
+        """Add the files that are needed to load saved weights, and remove transformers' pickle.
 
         The pickle of the arguments contains absolute paths and is never read.
         """
@@ -109,7 +109,7 @@ class OutputWriter:
 
     @contextmanager
     def tokenizer_in(self, trainer: Any) -> Iterator[None]:
-        """Context in which the trainer has the tokenizer that is saved."""
+        """Set the tokenizer that is saved as that of the trainer inside this context."""
         given, trainer.processing_class = trainer.processing_class, self.written.tokenizer
         try:
             yield
@@ -118,7 +118,7 @@ class OutputWriter:
 
     @contextmanager
     def pushed(self, trainer: Any) -> Iterator[None]:
-        """Context in which transformers pushes a checkpoint with the output tokenizer and without a pickle.
+        """Let transformers push a checkpoint with the output tokenizer and without a pickle.
 
         Otherwise transformers saves its tokenizer and pickles the arguments to the output directory.
         """

@@ -152,12 +152,12 @@ class PreferenceTrainer(BaseTrainer):
     # --- reference ---
 
     def before_training(self, resume_from_checkpoint: str | None) -> None:
-        """Computes a key of the policy's weights, before they are cast or sharded."""
+        """Compute a key of the policy's weights, before they are cast or sharded."""
         if self._policy_key is None:
             self._policy_key = self._key_of(self.model)
 
     def policy_ready(self, resume_from_checkpoint: str | None) -> None:
-        """Computes the reference log-probs of all data, while the policy has its initial weights."""
+        """Compute the reference log-probs of all data, while the policy has its initial weights."""
         if self._reference_key is None:
             self._prepare_reference()
         at_start = resume_from_checkpoint is None and self.state.global_step == 0
@@ -167,7 +167,7 @@ class PreferenceTrainer(BaseTrainer):
             self._check_same_reference(Path(resume_from_checkpoint))
 
     def _prepare_reference(self) -> None:
-        """Computes `reference_logps`, and whether the reference model is the initial policy."""
+        """Compute `reference_logps`, and whether the reference model is the initial policy."""
         model = self.model
         if self._policy_key is None:
             self._policy_key = self._key_of(self.model)
@@ -199,7 +199,7 @@ class PreferenceTrainer(BaseTrainer):
         self._reference_is_policy = same_start or key == self._policy_key
 
     def _key_of(self, model: nn.Module) -> str:
-        """A key of the weights, equal on all ranks; computed on the main one unless the model is sharded."""
+        """Return a key of the weights, equal on all ranks; computed on the main one unless sharded."""
         key = ""
         if is_main() or has_shards(model):
             key = reference.model_key(model, arithmetic=str(self.args.mixed_precision_dtype()))
@@ -276,7 +276,7 @@ class PreferenceTrainer(BaseTrainer):
 
     @classmethod
     def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
-        """The metrics of an evaluation."""
+        """Return the metrics of an evaluation."""
         names = super().metric_names(args, examples) | {"loss/preference", "loss/sft", *_METRICS}
         return names | {*_TARGET_METRICS} if cls.needs_rewards else names
 
@@ -294,7 +294,7 @@ class PreferenceTrainer(BaseTrainer):
         )
 
     def before_update(self) -> bool:
-        """Runs the guards, and the step-0 check before the first update."""
+        """Run the guards, and the step-0 check before the first update."""
         taken = super().before_update()
         if self._step_zero is not None:
             check, self._step_zero = self._step_zero, None
@@ -307,7 +307,7 @@ class PreferenceTrainer(BaseTrainer):
         return taken
 
     def losses(self, sums: Tensor, batch: PackedBatch) -> StepResult:
-        """Preference loss and weighted SFT loss of each example, see `preference_terms`."""
+        """Return the preference loss and weighted SFT loss of each example, see `preference_terms`."""
         result = preference_terms(self.args, sums, batch, needs_rewards=self.needs_rewards)
         if self._step_zero is not None and self.model.training:
             self._step_zero.add(sums, batch, result.terms["preference"].numerators)

@@ -15,7 +15,7 @@ from rpo_trainer.trainers.step_result import StepResult, Term
 def preference_terms(
     args: PreferenceConfig, sums: Tensor, batch: PackedBatch, *, needs_rewards: bool
 ) -> StepResult:
-    """Preference loss and SFT loss of each example, in the order of the groups.
+    """Return the preference loss and SFT loss of each example, in the order of the groups.
 
     Args:
         sums: `[R]`, summed log-probs of the responses under the policy, nats.
@@ -56,7 +56,7 @@ def preference_terms(
 
 
 def _metrics(results: list[PreferenceLoss], sums: Tensor, batch: PackedBatch) -> dict[str, Tensor]:
-    """Metrics of each example, mostly under TRL's names; for K > 2 "rejected" is the mean of the others."""
+    """Return the metrics of each example, mostly under TRL's names; for K > 2 "rejected" is a mean."""
     groups = batch.groups
     assert batch.reference_logps is not None
     deltas = sums - batch.reference_logps

@@ -116,7 +116,7 @@ class RewardTrainer(BaseTrainer):
 
     @classmethod
     def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
-        """Names of the metrics of an evaluation; undefined correlations are missing."""
+        """Return the names of the metrics of an evaluation; undefined correlations are missing."""
         if args.objective == "regression":
             attributes = list(args.attributes or ())
             attributes += ["reward"] if len(attributes) > 1 else []
@@ -132,7 +132,7 @@ class RewardTrainer(BaseTrainer):
     # --- data ---
 
     def data_options(self, args: BaseConfig) -> dict[str, Any]:
-        """Attributes and range of ratings; for pairs, every response gets its end token."""
+        """Return the attributes and range of ratings; for pairs, every response gets its end token."""
         assert isinstance(args, RewardConfig)
         if args.objective != "regression":
             return {"all_end": True}
@@ -160,11 +160,11 @@ class RewardTrainer(BaseTrainer):
     # --- the step ---
 
     def outputs(self, model: nn.Module, inputs: PackedBatch) -> Tensor:
-        """Scores `[R, A]` at the responses' last tokens."""
+        """Return the scores `[R, A]` at the responses' last tokens."""
         return response_scores(model, inputs.model_inputs)
 
     def losses(self, scores: Tensor, batch: PackedBatch) -> StepResult:
-        """The loss of each example; metrics of pairs (those of ratings need all evaluation data)."""
+        """Return the loss of each example and metrics of pairs (ratings need all evaluation data)."""
         if isinstance(batch, RatingBatch):
             errors = regression_losses(scores, batch.attributes).sum(-1)
             rows = torch.cat([group[:, 0] for group in batch.groups])
@@ -195,7 +195,7 @@ class RewardTrainer(BaseTrainer):
     # --- evaluation ---
 
     def evaluated(self, batch: PackedBatch, outputs: StepOutputs) -> None:
-        """Collects the scores for the correlations."""
+        """Collect the scores for the correlations."""
         if bool(batch.weights.any()):  # not the filler of a rank without examples
             self._seen += self._predictions(outputs.per_response, batch)
 
@@ -216,7 +216,7 @@ class RewardTrainer(BaseTrainer):
         return [{"gap": g, "target": t} for g, t in zip(gaps, targets, strict=True)]
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Adds accuracy, correlations and calibration over all ranks."""
+        """Add accuracy, correlations and calibration over all ranks."""
         self._seen = []
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
@@ -227,7 +227,7 @@ class RewardTrainer(BaseTrainer):
         return output._replace(metrics=metrics)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """Skips the comparison if the metric is undefined, such as a correlation with a constant."""
+        """Skip the comparison if the metric is undefined, such as a correlation with a constant."""
         wanted = self.args.metric_for_best_model
         name = f"eval_{(wanted or '').removeprefix('eval_')}"
         if wanted is None or name in metrics:

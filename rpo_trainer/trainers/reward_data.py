@@ -50,7 +50,7 @@ class RatingCollator(PackingCollator):
 
 
 def check_rated(examples: Examples, attributes: Sequence[str], name: str) -> None:
-    """Raises DataError if rows are not single responses with ratings of these attributes."""
+    """Raise DataError if rows are not single responses with ratings of these attributes."""
     _check_counts(
         examples,
         1,
@@ -79,7 +79,7 @@ def check_rated(examples: Examples, attributes: Sequence[str], name: str) -> Non
 
 
 def check_pairs(examples: Examples, needs_rewards: bool, name: str) -> None:
-    """Raises DataError if rows are not pairs, or lack rewards that are needed."""
+    """Raise DataError if rows are not pairs, or lack rewards that are needed."""
     _check_counts(
         examples,
         2,
@@ -99,7 +99,7 @@ def check_pairs(examples: Examples, needs_rewards: bool, name: str) -> None:
 
 
 def check_ends(examples: Examples, tokenizer: Any, name: str) -> None:
-    """Raises ModelError if a response ends with the pad token: a classifier would skip its end."""
+    """Raise ModelError if a response ends with the pad token: a classifier would skip its end."""
     if tokenizer.pad_token_id in _last_tokens(examples):
         raise ModelError(
             f"responses of the {name} data end with the pad token {tokenizer.pad_token!r}",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None = None) -> Tensor:
-    """−log σ(r_c − r_r − margin) of each pair.
+    """Return −log σ(r_c − r_r − margin) of each pair.
 
     Negative log-likelihood of the Bradley-Terry model, as in arXiv 2203.02155, with the margin of arXiv
     2307.09288, section 3.2.2.
@@ -38,7 +38,7 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor | None =
 
 
 def regression_losses(scores: Tensor, ratings: Tensor) -> Tensor:
-    """Squared errors of the attributes, 0 for missing ratings (NaN).
+    """Return the squared errors of the attributes, 0 for missing ratings (NaN).
 
     Their sum divided by the number of ratings of the batch is the masked mean squared error of the reward
     models of HelpSteer2 (arXiv 2406.08673, section 3).

@@ -18,7 +18,7 @@ _PER_BIN = 5  # minimum number of values per bin, or else fewer bins
 
 
 def pair_metrics(gaps: Array, targets: Array | None) -> tuple[dict[str, float], dict[str, Table]]:
-    """Metrics of pairs.
+    """Return the metrics of pairs.
 
     Args:
         gaps: `[N]`, predicted reward gaps.
@@ -40,7 +40,7 @@ def pair_metrics(gaps: Array, targets: Array | None) -> tuple[dict[str, float], 
 def rating_metrics(
     scores: Array, ratings: Array, names: Sequence[str], weights: Array, prompts: Sequence[Any]
 ) -> tuple[dict[str, float], dict[str, Table]]:
-    """Metrics of rated responses, for each attribute and, if there are several, for the reward.
+    """Return the metrics of rated responses, for each attribute and, if there are several, for the reward.
 
     Args:
         scores: `[N, A]`, predictions.
@@ -77,7 +77,7 @@ def rating_metrics(
 
 
 def pearson(x: Array, y: Array) -> float | None:
-    """Linear correlation, in [−1, 1]; None if either is constant."""
+    """Return the linear correlation, in [−1, 1]; None if either is constant."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1])
@@ -89,7 +89,7 @@ def spearman(x: Array, y: Array) -> float | None:
 
 
 def calibration_table(predicted: Array, observed: Array) -> Table:
-    """Bins of equal count, sorted by prediction: mean `predicted`, mean `observed`, `count`."""
+    """Return the bins of equal count, sorted by prediction: mean `predicted`, mean `observed`, `count`."""
     order = np.argsort(predicted, kind="stable")
     bins = max(1, min(_BINS, len(order) // _PER_BIN))
     return [
@@ -103,7 +103,7 @@ def calibration_table(predicted: Array, observed: Array) -> Table:
 
 
 def calibration_error(table: Table) -> float:
-    """Mean absolute difference of the two means of a bin, weighted by its count."""
+    """Return the mean absolute difference of the two means of a bin, weighted by its count."""
     total = sum(row["count"] for row in table)
     return sum(row["count"] * abs(row["predicted"] - row["observed"]) for row in table) / total
 

@@ -59,13 +59,13 @@ class RouterTerm:
     # --- training ---
 
     def begin_step(self, batches: Sequence[PackedBatch | StepBatch]) -> None:
-        """Sets the micro-batches of the next optimizer step."""
+        """Set the micro-batches of the next optimizer step."""
         forwards = [part for batch in batches for part in batch.micro_batches]
         self._pending = forwards if len(forwards) > 1 else ()
         self._step = None
 
     def prepare(self, forward: Callable[[PackedBatch], Tensor]) -> None:
-        """Computes the sums of the step if it has several micro-batches, once per step.
+        """Compute the sums of the step if it has several micro-batches, once per step.
 
         Args:
             forward: returns the sums of a micro-batch. Training will draw the same random numbers again.
@@ -78,17 +78,17 @@ class RouterTerm:
         self._step, self._pending = self._reduce(total), ()
 
     def sums_only(self, model: nn.Module, batch: PackedBatch) -> Tensor:
-        """Sums of a micro-batch, `[2E + 1]` float64, from a forward without the head."""
+        """Return the sums of a micro-batch, `[2E + 1]` float64, from a forward without the head."""
         inputs = replace(batch.model_inputs)
         request(inputs, self.loss, only=True)
         return _real(router_sums_only(model, inputs), batch)
 
     def request(self, batch: PackedBatch) -> None:
-        """Makes the forward of a micro-batch compute the sums too."""
+        """Make the forward pass of a micro-batch compute the sums too."""
         request(batch.model_inputs, self.loss)
 
     def add_to(self, loss: Tensor, batch: PackedBatch, metrics: MetricSums | None) -> Tensor:
-        """Adds this term to the loss of a micro-batch after its forward.
+        """Add this term to the loss of a micro-batch after its forward.
 
         Args:
             metrics: the training metrics; None in evaluation, see `evaluated`.
@@ -99,7 +99,7 @@ class RouterTerm:
         return loss + self.coefficient * term.to(loss.dtype)
 
     def _fraction(self, batch: PackedBatch, *, training: bool) -> tuple[Tensor, Tensor]:
-        """The loss of a micro-batch, and its fraction of the tokens of the global batch.
+        """Return the loss of a micro-batch, and its fraction of the tokens of the global batch.
 
         Over the micro-batches and ranks of a step the first adds up to the loss, the second to 1. In
         evaluation it is the loss of the micro-batch; `evaluated` is the loss over all data.
@@ -118,7 +118,7 @@ class RouterTerm:
     # --- evaluation ---
 
     def evaluated(self) -> float:
-        """The loss over all micro-batches and ranks since the last call."""
+        """Return the loss over all micro-batches and ranks since the last call."""
         assert self._evaluated is not None  # at least one micro-batch
         total = self._reduce(self._evaluated)
         self._evaluated = None
@@ -126,7 +126,7 @@ class RouterTerm:
 
 
 def _real(sums: Tensor, batch: PackedBatch) -> Tensor:
-    """0 for the filler of a rank that has no example left."""
+    """Return 0 for the filler of a rank that has no example left, else 1."""
     real: Tensor = batch.weights.max()
     return widest(sums) * widest(real)
 
@@ -139,7 +139,7 @@ def _same_noise_again() -> Any:
 def router_term(
     model: nn.Module, args: BaseConfig, reduce: Callable[[Tensor], Tensor]
 ) -> RouterTerm | None:
-    """The term if the config, or else the config of the model, enables it; logged.
+    """Return the term if the config, or else the config of the model, enables it, and log it.
 
     Raises:
         RecipeError: `router_aux_loss_coef` is set, and the model's loss cannot be computed.

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 def require_config(trainer: Any, args: Any) -> None:
-    """Raises RecipeError if `args` is not a config of the trainer, or has an invalid value.
+    """Raise RecipeError if `args` is not a config of the trainer, or has an invalid value.
 
     The attributes of a config may have been changed since it was created.
     """
@@ -62,7 +62,7 @@ def _full_name(kind: type) -> str:
 def prepare_model(
     model: str | nn.Module, tokenizer: Any, peft_config: PeftConfig | None, args: BaseConfig
 ) -> tuple[nn.Module, Any]:
-    """The model that is trained, with its adapter, and its tokenizer.
+    """Return the model that is trained, with its adapter, and its tokenizer.
 
     Args:
         model: the model, or its name or path.
@@ -96,7 +96,7 @@ def loaded_dtype(args: BaseConfig, peft_config: PeftConfig | None) -> torch.dtyp
 
 
 def loading_settings(model: str | nn.Module, args: BaseConfig) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for what a trainer loads itself.
+    """Return the arguments of `from_pretrained` for what a trainer loads itself.
 
     Raises:
         RecipeError: `model_init_kwargs` for a model that is loaded already.
@@ -117,7 +117,7 @@ def loading_settings(model: str | nn.Module, args: BaseConfig) -> dict[str, Any]
 
 
 def set_tokens(tokenizer: Any, args: BaseConfig) -> None:
-    """Sets the tokens and the chat template that the config names on the tokenizer.
+    """Set the tokens and the chat template that the config names on the tokenizer.
 
     Raises:
         RecipeError: the tokenizer has no such token.
@@ -141,7 +141,7 @@ def set_tokens(tokenizer: Any, args: BaseConfig) -> None:
 
 
 def set_checkpointing(model: nn.Module, args: BaseConfig) -> None:
-    """Turns gradient checkpointing off if it is only the default and the model does not support it.
+    """Turn gradient checkpointing off if it is only the default and the model does not support it.
 
     If the config turns it off, it is also turned off in a model from an earlier training, which transformers
     does not do.
@@ -172,7 +172,7 @@ def set_checkpointing(model: nn.Module, args: BaseConfig) -> None:
 
 
 def stop_input_gradients(model: nn.Module, args: Any) -> None:
-    """Removes the hooks of transformers that make the outputs of frozen embeddings require gradients.
+    """Remove the hooks of transformers that make outputs of frozen embeddings require gradients.
 
     Only reentrant checkpointing needs them. They add the backward pass below the first adapter, and fail in
     models that change their embeddings in place.
@@ -182,7 +182,7 @@ def stop_input_gradients(model: nn.Module, args: Any) -> None:
 
 
 def note_defaults(args: BaseConfig) -> None:
-    """Logs a WARNING, once per process, about settings with a default that differs from TRL's."""
+    """Log a WARNING, once per process, about settings with a default that differs from TRL's."""
     if not args.compared_with_trl or not is_main():
         return
     own = defaults_of(type(args))
@@ -201,7 +201,7 @@ def _warn_once(line: str) -> None:
 
 
 def require_one_gpu(args: TrainingArguments) -> None:
-    """Raises RecipeError if transformers would use DataParallel over several GPUs."""
+    """Raise RecipeError if transformers would use DataParallel over several GPUs."""
     if args.n_gpu > 1:
         raise RecipeError(
             f"{args.n_gpu} GPUs are visible to one process",
@@ -212,7 +212,7 @@ def require_one_gpu(args: TrainingArguments) -> None:
 
 
 def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) -> nn.Module:
-    """The model with a new adapter if there is a `peft_config`; an existing adapter is checked."""
+    """Return the model with a new adapter if there is a `peft_config`; check an existing adapter."""
     disable_bnb_cpu_bf16(model)
     require_kept_padding(transformers_model(model))
     _freeze_towers(transformers_model(model), adapted=peft_config is not None or is_adapted(model))
@@ -240,7 +240,7 @@ def with_adapter(model: nn.Module, peft_config: PeftConfig | None, seed: int) ->
 
 
 def require_kept_padding(model: Any) -> None:
-    """Checks that loading the saved model does not change the embedding of its padding token.
+    """Check that loading the saved model does not change the embedding of its padding token.
 
     A head that is tied to the embeddings trains that row: a WARNING is logged that it is loaded as zeros.
 
@@ -257,7 +257,7 @@ def require_kept_padding(model: Any) -> None:
             f"transformers sets the embedding of token {place} to zero whenever it loads a {name}, and this "
             "model's is not zero",
             code="model.padding-row",
-            why="the saved model would give other results once it is loaded",
+            why="the saved model would produce different outputs after it is loaded",
             fix=f"zero that row of the embeddings, or set padding_idx of the {type(embedding).__name__} "
             "and pad_token_id of the config to None",
         )
@@ -284,7 +284,7 @@ def _zeroed_when_loaded(model: Any, place: int) -> bool:
 
 
 def _freeze_towers(inner: Any, *, adapted: bool) -> None:
-    """Freezes the parts of a multimodal model that text does not use, with a WARNING."""
+    """Freeze the parts of a multimodal model that text does not use, with a WARNING."""
     line = towers_line(inner)
     if line is None:
         return
@@ -296,7 +296,7 @@ def _freeze_towers(inner: Any, *, adapted: bool) -> None:
 
 
 def tokenizer_in(processing_class: Any) -> Any:
-    """The tokenizer of a multimodal processor; any other processing class unchanged."""
+    """Return the tokenizer of a multimodal processor; any other processing class unchanged."""
     if not isinstance(processing_class, ProcessorMixin):
         return processing_class
     inside: Any = processing_class.tokenizer
@@ -306,7 +306,7 @@ def tokenizer_in(processing_class: Any) -> Any:
 
 
 def tokenizer_of(model: nn.Module, settings: Mapping[str, Any] | None = None) -> Any:
-    """The tokenizer of the name or path that the model was loaded from.
+    """Return the tokenizer of the name or path that the model was loaded from.
 
     Args:
         settings: see `loading_settings`.
@@ -323,7 +323,7 @@ def tokenizer_of(model: nn.Module, settings: Mapping[str, Any] | None = None) ->
 
 
 def proved_layout(model: nn.Module, args: BaseConfig, longest: int | None) -> Layout:
-    """The layout of the config; `auto`: the fastest that gives the log-probs of the model's own forward.
+    """Return the layout of the config; for `auto`, the fastest that reproduces the model's own log-probs.
 
     Args:
         longest: tokens of the longest text, see `fits.longest_text`.
@@ -338,7 +338,7 @@ def proved_layout(model: nn.Module, args: BaseConfig, longest: int | None) -> La
 
 
 def pad_token_id_of(tokenizer: Any) -> int:
-    """The pad token, or else the end token, or else 0; it is always masked."""
+    """Return the pad token, or else the end token, or else 0; it is always masked."""
     for name in ("pad_token_id", "eos_token_id"):
         value = getattr(tokenizer, name, None)
         if value is not None:
@@ -347,6 +347,6 @@ def pad_token_id_of(tokenizer: Any) -> int:
 
 
 def flops_per_token(model: nn.Module) -> int:
-    """6 FLOPs per weight for forward and backward, without the embeddings: the estimate of transformers."""
+    """Return 6 FLOPs per weight, without embeddings, as transformers estimates forward and backward."""
     count: Any = getattr(model, "num_parameters", None)
     return 0 if count is None else 6 * int(count(exclude_embeddings=True))

@@ -100,16 +100,16 @@ class SFTTrainer(BaseTrainer):
 
     @classmethod
     def metric_names(cls, args: Any, examples: Examples | None = None) -> set[str]:
-        """The metrics of an evaluation."""
+        """Return the metrics of an evaluation."""
         return super().metric_names(args, examples) | {"loss/sft"}
 
     def before_forward(self, inputs: PackedBatch) -> None:
-        """Sets the lengths of the examples for NEFTune noise."""
+        """Set the lengths of the examples for NEFTune noise."""
         if self._noise is not None:
             self._noise.lengths = example_lengths(inputs.model_inputs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """`BaseTrainer.train`, with NEFTune noise if `neftune_noise_alpha` is set."""
+        """Train as `BaseTrainer` does, with NEFTune noise if `neftune_noise_alpha` is set."""
         alpha = self.args.neftune_noise_alpha
         if alpha is None:
             return super().train(*args, **kwargs)
@@ -118,7 +118,7 @@ class SFTTrainer(BaseTrainer):
             return super().train(*args, **kwargs)
 
     def losses(self, sums: Tensor, batch: PackedBatch) -> StepResult:
-        """The negative log-likelihood of each example, per trained token of the global batch."""
+        """Return the negative log-likelihood of each example, per trained token of the global batch."""
         return StepResult(terms={"sft": Term(-sums, per="tokens")}, metrics={})
 
 
@@ -126,7 +126,7 @@ class SFTTrainer(BaseTrainer):
 
 
 def example_lengths(inputs: ModelInputs) -> Tensor | None:
-    """Length of the example that each position belongs to, `[1, T]` or `[R, L]`; rows have one response.
+    """Return the length of the example of each position, `[1, T]` or `[R, L]`; rows have one response.
 
     None: each forward of the model is one example (layout `single`).
     """
@@ -158,7 +158,7 @@ class NeftuneNoise:
 
     @contextmanager
     def on(self, embeddings: nn.Module) -> Iterator[None]:
-        """Context in which the noise is added."""
+        """Add the noise inside this context."""
         handle = embeddings.register_forward_hook(self._add)
         try:
             yield

@@ -47,7 +47,7 @@ class StepResult:
     def total(
         self, batch: PackedBatch, counts: Tensor, metrics: MetricSums, dtype: torch.dtype
     ) -> Tensor:
-        """The loss of a micro-batch, a scalar; terms and metrics are added to `metrics`.
+        """Return the loss of a micro-batch, a scalar, and add terms and metrics to `metrics`.
 
         Args:
             counts: `[2]`, counts of the global batch.

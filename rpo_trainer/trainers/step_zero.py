@@ -67,14 +67,14 @@ class StepZero:
         self.batches: list[PackedBatch] = []
 
     def _rewards(self, batch: PackedBatch, group: Tensor) -> Tensor | None:
-        """Rewards of a group, where float64 is available for the closed forms; None: they are not used."""
+        """Return the rewards of a group, or None if float64 is not available for the closed forms."""
         if not self.use_rewards or batch.rewards is None:
             return None
         rewards = batch.rewards[group]
         return rewards if widest_float(rewards.device) == torch.float64 else rewards.cpu()
 
     def add(self, sums: Tensor, batch: PackedBatch, losses: Tensor) -> None:
-        """Adds a micro-batch: `[R]` policy log-probs, the batch, `[B]` preference losses."""
+        """Add a micro-batch: `[R]` policy log-probs, the batch, `[B]` preference losses."""
         args = self.args
         assert batch.reference_logps is not None  # computed before training
         weights = widest(batch.weights)
@@ -112,7 +112,7 @@ class StepZero:
         self.batches.append(batch)
 
     def finish(self) -> dict[str, float]:
-        """Returns `loss`, `expected` and `nats_per_token`; raises StepZeroError if the check fails."""
+        """Return `loss`, `expected` and `nats_per_token`, or raise StepZeroError if the check fails."""
         assert self.sums is not None  # at least one micro-batch
         off, tokens, wrong, loss, expected, examples = self._reduce(self.sums).tolist()
         values = {
@@ -140,14 +140,14 @@ class StepZero:
         raise error
 
     def _worst(self, plain: bool = False) -> tuple[float, float]:
-        """Largest difference from the reference of any response, in nats per token, in eval mode, over all
-        ranks.
+        """Return the largest difference of any response from the reference, in eval mode, over all ranks.
 
         Args:
             plain: whether to run the model's own forward too, one response at a time.
 
         Returns:
-            The differences of the step's forward, and of plain forwards (0 without `plain`).
+            The differences of the step's forward, and of plain forwards (0 without `plain`), in nats
+            per token.
         """
         model, worst = self.model, [0.0, 0.0]
         model.eval()
@@ -184,7 +184,7 @@ class StepZero:
                 "check it for noise",
             )
         if self.has_ref_model:
-            return "ref-model", "ref_model and policy give different log-probs", "check ref_model"
+            return "ref-model", "ref_model and policy have different log-probs", "check ref_model"
         if not whole:
             return (
                 "reference",
@@ -196,15 +196,15 @@ class StepZero:
         if not is_deterministic(model):
             return (
                 "not-deterministic",
-                "two forwards of the model in eval mode give different log-probs",
+                "two forwards of the model in eval mode produce different log-probs",
                 "use a model with a deterministic forward, or set step0_check=False",
             )
         step, plain = self._worst(plain=True)
         if plain <= each < step:
             return (
                 "layout",
-                f"with layout {self.layout} the policy gives different log-probs than with one response at a "
-                "time, which match the reference log-probs",
+                f"with layout {self.layout} the policy computes different log-probs than with one response "
+                "at a time, which match the reference log-probs",
                 "set per_device_train_batch_size=1 or another layout, and report the type of the model",
             )
         return (
@@ -216,7 +216,7 @@ class StepZero:
 
 
 def plain_sums(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Log-prob of each response of a micro-batch, `[R]`, from the model's own forward, one at a time."""
+    """Return the log-prob of each response, `[R]`, from the model's own forward, one at a time."""
     inputs = batch.model_inputs
     ids, positions = inputs.input_ids, inputs.position_ids.reshape(-1)
     if inputs.rows is not None:

@@ -19,7 +19,7 @@ _FILE = "tokens.json"
 
 
 def request(batch: PackedBatch, *, preferences: bool) -> None:
-    """Has the forward of a micro-batch compute the statistics.
+    """Make the forward pass of a micro-batch compute the statistics.
 
     Args:
         preferences: whether the mean logits are wanted too.
@@ -28,12 +28,12 @@ def request(batch: PackedBatch, *, preferences: bool) -> None:
 
 
 def names(*, preferences: bool) -> set[str]:
-    """The names of the metrics."""
+    """Return the names of the metrics."""
     return {ACCURACY, ENTROPY, *((CHOSEN_LOGITS, REJECTED_LOGITS) if preferences else ())}
 
 
 def add_to(metrics: MetricSums, batch: PackedBatch) -> None:
-    """Adds the statistics of a micro-batch whose forward is done; each is a mean over trained tokens.
+    """Add the statistics of a micro-batch whose forward is done; each is a mean over trained tokens.
 
     The accuracy of preferences is that of the chosen responses, their entropy that of all, as in TRL.
     """
@@ -56,7 +56,7 @@ def add_to(metrics: MetricSums, batch: PackedBatch) -> None:
 class TokensSeen:
     """The number of tokens trained on so far, as `num_tokens`: prompts and responses, of all ranks.
 
-    A prompt counts once for each of its responses, as where each response is a row of its own.
+    A prompt counts once for each of its responses, as if each response were a separate row.
 
     Args:
         reduce: sums a tensor over the ranks.
@@ -70,22 +70,22 @@ class TokensSeen:
         self._own = torch.zeros((), dtype=torch.long)  # on the host
 
     def begin(self, checkpoint: str | None) -> None:
-        """Starts from zero, or from what a checkpoint has."""
+        """Start from zero, or from the values in a checkpoint."""
         path = Path(checkpoint or "") / _FILE
         known = json.loads(path.read_text()) if checkpoint and path.is_file() else {}
         self._before, self._own = int(known.get("num_tokens", 0)), torch.zeros_like(self._own)
 
     def add(self, batches: Iterable[PackedBatch | StepBatch]) -> None:
-        """Counts the micro-batches of a step, while they are on the host."""
+        """Count the micro-batches of a step, while they are on the host."""
         for batch in batches:
             for part in batch.micro_batches:
                 real = part.weights.any()  # not the filler of a rank without examples
                 self._own += part.model_inputs.token_uses.sum() * real
 
     def total(self) -> int:
-        """Tokens of all ranks; called on all of them."""
+        """Return the number of tokens of all ranks; called on all of them."""
         return self._before + int(self._reduce(self._own.to(self._device)))
 
     def write(self, checkpoint: Path, total: int) -> None:
-        """Writes the total to a checkpoint, for `begin`."""
+        """Write the total to a checkpoint, for `begin`."""
         (checkpoint / _FILE).write_text(json.dumps({"num_tokens": total}))

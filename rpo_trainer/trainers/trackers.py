@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def fault_tolerant_callbacks(args: TrainingArguments) -> Iterator[list[TrainerCallback]]:
-    """The trackers of `report_to`; if one raises, it is disabled, and training continues.
+    """Yield the trackers of `report_to`; if one raises, it is disabled, and training continues.
 
     Within the context `report_to` is empty, so that a Trainer that is created there does not add its own
     trackers.

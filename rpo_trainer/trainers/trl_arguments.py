@@ -26,7 +26,7 @@ _PACKING_NOTE = (
 
 
 def trl(help_text: str, **parsed: Any) -> Any:
-    """A field of TRL's.
+    """Return a field of TRL.
 
     Args:
         parsed: further arguments of `argparse`'s `add_argument`.
@@ -35,7 +35,7 @@ def trl(help_text: str, **parsed: Any) -> Any:
 
 
 def trl_switch(help_text: str) -> Any:
-    """A field of TRL's that is True, False or None; on a command line its name alone means True."""
+    """Return a field of TRL that is True, False or None; on a command line its name alone means True."""
     return trl(help_text, nargs="?", const=True)
 
 
@@ -50,7 +50,7 @@ class TrlArguments(TrainingArguments):
         "Arguments of from_pretrained for a model that is given by name; a dict or JSON."
     )
     trust_remote_code: bool | None = trl_switch(
-        "Whether a model or tokenizer that is given by name may bring code of its own."
+        "Whether a model or tokenizer that is given by name may run code from its repository."
     )
     pad_token: str | None = trl("Padding token, set on the tokenizer.")
     truncation_mode: str | None = trl("`keep_start` is truncation=truncate.")
@@ -60,11 +60,11 @@ class TrlArguments(TrainingArguments):
     activation_offloading: bool | None = trl_switch("Only False is accepted.")
 
     def trl_problems(self) -> Iterator[Problem]:
-        """A problem for each value of these arguments that would change the result."""
+        """Yield a problem for each value of these arguments that would change the result."""
         yield from refusals(self.trl_table, vars(self), {})
 
     def note_trl_arguments(self) -> None:
-        """A WARNING that lists the arguments that ask for what is done anyway, once in a process."""
+        """Log a WARNING, once per process, with the arguments that request the existing behavior."""
         rows = by_name(self.trl_table)
         known = {own.name for own in fields(self)}
         given = [
@@ -81,8 +81,8 @@ class TrlArguments(TrainingArguments):
             return
         packing = f". {_PACKING_NOTE}" if getattr(self, "packing", None) else ""
         _note_once(
-            f"{type(self).__name__}: arguments without effect, because they ask for what is done in any "
-            f"case: {', '.join(given)}{packing}"
+            f"{type(self).__name__}: arguments without effect, because they request the existing "
+            f"behavior: {', '.join(given)}{packing}"
         )
 
 
@@ -127,7 +127,7 @@ class TrlPreference:
     f_alpha_divergence_coef: float | None = trl("No effect with reverse_kl.")
     ld_alpha: float | None = trl("Only 1.0 is accepted.")
     use_weighting: bool | None = trl_switch("Only False is accepted.")
-    discopop_tau: float | None = trl("No effect: it belongs to a loss that is not offered.")
+    discopop_tau: float | None = trl("No effect: it belongs to a loss that is not supported.")
     sync_ref_model: bool | None = trl_switch("Only False is accepted.")
     ref_model_mixup_alpha: float | None = trl("No effect without sync_ref_model.")
     ref_model_sync_steps: int | None = trl("No effect without sync_ref_model.")

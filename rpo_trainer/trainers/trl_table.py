@@ -1,4 +1,4 @@
-"""What becomes of the arguments that TRL's configs have beside those of transformers, field by field.
+"""Treatment of the arguments that TRL's configs have in addition to those of transformers, by field.
 
 Checked against TRL 1.16. None means that an argument was not given, and is always accepted.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from rpo_trainer.trainers.argument_status import Setting, harmless, read, refused
 
 _PACKED = "rows are packed without padding wherever the model allows it (`layout`)"
-_OTHER_LOSS = "it changes the loss, and no loss here has it"
+_OTHER_LOSS = "it changes the loss, and is not implemented"
 _SYNC = "it belongs to `sync_ref_model`"
 
 
@@ -25,7 +25,7 @@ ALL: tuple[Setting, ...] = (
     read("pad_token", "set on the tokenizer; it must be one of its tokens"),
     Setting(
         ("truncation_mode",), "refused", "responses are truncated at their end",
-        "remove it; max_length and truncation say what becomes of long rows",
+        "remove it; max_length and truncation determine what happens to long rows",
         taken=(None, "keep_start"),
     ),
     harmless("dataset_num_proc", "the number of processes follows from the size of the data set"),
@@ -44,7 +44,7 @@ _TOKENS: tuple[Setting, ...] = (
 SFT: tuple[Setting, ...] = (
     *ALL,
     *_TOKENS,
-    read("dataset_text_field", "the column of plain text; ignored where rows have no such column"),
+    read("dataset_text_field", "the column of plain text; ignored if rows have no such column"),
     refused(
         "dataset_kwargs", "rows are always tokenized by the trainer, unless they are tokenized already",
         "remove it", None, {}, {"skip_prepare_dataset": True}, {"skip_prepare_dataset": False},
@@ -57,7 +57,7 @@ SFT: tuple[Setting, ...] = (
     ),
     refused(
         "completion_only_loss assistant_only_loss", "only the responses of the assistant are trained",
-        "remove it; to train all tokens, give them as rows of `text`", None, True,
+        "remove it; to train on all tokens, pass rows of `text`", None, True,
     ),
     refused("loss_type", "SFT has one loss", "remove it", None, "nll", "chunked_nll"),
 )  # fmt: skip
@@ -82,7 +82,7 @@ PREFERENCE: tuple[Setting, ...] = (
     harmless("f_alpha_divergence_coef", "it belongs to another `f_divergence_type`"),
     refused("ld_alpha", _OTHER_LOSS, "remove it", None, 1.0),
     refused("use_weighting", _OTHER_LOSS, "remove it", None, False),
-    harmless("discopop_tau", "it belongs to a loss that is not offered"),
+    harmless("discopop_tau", "it belongs to a loss that is not supported"),
     refused(
         "sync_ref_model", "the reference model is fixed",
         "train in rounds: pass the model of one round as `model` and `ref_model` of the next", None, False,

@@ -31,7 +31,7 @@ def known_arguments(
     given: Mapping[str, Any],
     answers: Mapping[str, str] = ELSEWHERE,
 ) -> dict[str, Any]:
-    """The arguments by the names they have here; foreign ones that are None are left out.
+    """Return the arguments under the names of this package, without foreign ones that are None.
 
     Args:
         where: the class that they are given to.
@@ -72,7 +72,7 @@ def known_arguments(
 
 
 def answering_unknown_arguments(make: Callable[..., None]) -> Callable[..., None]:
-    """A trainer's `__init__` that answers arguments of other libraries, see `known_arguments`."""
+    """Wrap a trainer's `__init__` to answer arguments of other libraries, see `known_arguments`."""
     parameters = inspect.signature(make).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return make  # a subclass that passes its arguments on
@@ -86,7 +86,7 @@ def answering_unknown_arguments(make: Callable[..., None]) -> Callable[..., None
 
 
 def instead_of(name: str, known: Sequence[str]) -> str:
-    """What to write instead of the argument `name`, which is not one of the `known` ones."""
+    """Return what to write instead of the argument `name`, which is not one of `known`."""
     if name in ELSEWHERE:
         return f"{name}: {ELSEWHERE[name]}"
     near = did_you_mean(name, known)

@@ -119,7 +119,7 @@ def test_losses_and_margins_agree(case: str, tmp_path: Path, capsys: Any) -> Non
     assert worst.get("rewards/accuracies", 0.0) < 1e-6 and worst["grad_norm"] < 1e-3
     assert worst["logps/chosen"] < 1e-3 and worst["logps/rejected"] < 1e-3
     moved = [line["rewards/margins"] for line in lines(ours)]
-    assert max(moved) - min(moved) > 0.01  # it has learnt something: zeros agree too
+    assert max(moved) - min(moved) > 0.01  # it has learned something: zeros agree too
     weights = zip(ours.model.parameters(), theirs.model.parameters(), strict=True)
     assert max((a - b).abs().max().item() for a, b in weights) < 1e-4
     assert all(map(math.isfinite, moved))

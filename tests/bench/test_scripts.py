@@ -44,8 +44,8 @@ def run(script: str, *options: str, folder: Path) -> tuple[str, dict[str, Any]]:
 @pytest.mark.parametrize("script", ["step.py", "sft.py"])
 def test_ours_alone(script: str, tmp_path: Path) -> None:
     printed, line = run(script, *MODEL, *ROWS, "--peers", folder=tmp_path)
-    assert "ours" in printed and "model FLOPs utilisation" in printed
-    assert line["ratios"] == {} and line["seconds"]["ours"] > 0 and 0 < line["utilisation"] < 1
+    assert "ours" in printed and "model FLOPs utilization" in printed
+    assert line["ratios"] == {} and line["seconds"]["ours"] > 0 and 0 < line["utilization"] < 1
 
 
 @needs_trl

@@ -306,7 +306,7 @@ def test_the_quickstart_with_adapters(between: str, tmp_path: Path) -> None:
         files = {path.name for path in (run_dir / name / "final").iterdir()}
         assert (adapter_files.WEIGHTS in files) == (between == "keep")
         assert ("model.safetensors" in files) == (between == "merge")
-        # What a stage has learnt is there when the next one samples from it.
+        # What a stage has learned is there when the next one samples from it.
         assert records[name]["eval"]["reward_mean"] > 0
     margins = [m["rewards/margins"] for m in tiny.metrics(run_dir) if m["stage"] == "dpo"]
     assert margins[-1] > margins[0] and abs(margins[0]) < 1e-4

@@ -459,7 +459,7 @@ def test_repeated_prompts_are_left_out(tmp_path: Path) -> None:
     del data["eval"]
     lines = check(tmp_path, recipe, only={"code"})
     dropped = f"2 rows, {DROPS['repeated_prompt']} (rows.jsonl:2, rows.jsonl:3)"
-    assert any(line.startswith("  50 % of") and line.endswith(dropped) for line in lines)
+    assert any(line.startswith("  50% of") and line.endswith(dropped) for line in lines)
 
 
 def test_what_deserves_attention_is_a_warning_and_is_counted(
@@ -485,8 +485,8 @@ def test_what_deserves_attention_is_a_warning_and_is_counted(
     assert not ended.value.code
     shown = capsys.readouterr().out
     warnings = [line.strip() for line in shown.splitlines() if line.startswith("  WARNING: ")]
-    assert any("80 % of " in w and "max_length 40 (8)" in w for w in warnings)
-    assert any("50 % of " in w and "tied" in w for w in warnings)
+    assert any("80% of " in w and "max_length 40 (8)" in w for w in warnings)
+    assert any("50% of " in w and "tied" in w for w in warnings)
     assert any("notes" in w and "columns" in w for w in warnings)
     assert any("temperature=0.5" in w for w in warnings)  # which transformers would not write
     assert sum("warning" in line.lower() for line in shown.splitlines()[:-1]) == len(warnings)
@@ -501,8 +501,8 @@ def test_what_is_dropped_of_held_out_rows_is_shown(tmp_path: Path) -> None:
     lines = check(tmp_path, recipe, only={"code"})
     assert "  1 held-out examples" in lines
     dropped = f"1 row, {DROPS['empty_response']} (held.jsonl:2)"
-    assert any(line.startswith("  held out: 50 %") and line.endswith(dropped) for line in lines)
-    assert any(line.startswith("  WARNING: held out: 50 %") for line in lines)
+    assert any(line.startswith("  held out: 50%") and line.endswith(dropped) for line in lines)
+    assert any(line.startswith("  WARNING: held out: 50%") for line in lines)
 
 
 def test_a_repeated_prompt_of_a_sampling_stage_is_shown(tmp_path: Path) -> None:
@@ -511,7 +511,7 @@ def test_a_repeated_prompt_of_a_sampling_stage_is_shown(tmp_path: Path) -> None:
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "dpo")["data"]["train"] = [{"path": "prompts.jsonl"}]
     lines = check(tmp_path, recipe, only={"dpo"})
-    assert f"  1 row (50 %), {WARNINGS['duplicate_prompt']} (prompts.jsonl:2)" in lines
+    assert f"  1 row (50%), {WARNINGS['duplicate_prompt']} (prompts.jsonl:2)" in lines
 
 
 @pytest.mark.parametrize("field", ["init", "reference"])

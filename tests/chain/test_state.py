@@ -27,7 +27,7 @@ MATHEMATICAL = {
     "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim", "seed", "peft",
     "training_args", "repeat", "reference", "beta", "sft_loss_weight", "sft_reduction",
     "average_logps", "disable_dropout", "loss_type", "label_smoothing", "reward_scale",
-    "objective", "attributes", "rating_range", "reward_weights", "margin_scale",
+    "save_dtype", "objective", "attributes", "rating_range", "reward_weights", "margin_scale",
     "router_aux_loss_coef",
 }  # fmt: skip
 

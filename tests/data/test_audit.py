@@ -113,9 +113,7 @@ def test_a_data_set_is_logged_in_two_lines(audit: Audit, caplog: pytest.LogCaptu
     shown = [(r.levelno, r.getMessage()) for r in caplog.records if r.levelno >= logging.INFO]
     (info, summary), (warning, warned) = shown
     assert (info, warning) == (logging.INFO, logging.WARNING)
-    assert summary.startswith("train data: 2,000 rows") and warned.startswith(
-        "train data: 5.0 % of"
-    )
+    assert summary.startswith("train data: 2,000 rows") and warned.startswith("train data: 5.0% of")
     for part in ("a.jsonl 1,500", "b.jsonl 500", "1,900", "median 20", "max 12"):
         assert part in summary
     for part in ("100 rows", "max_length 40", "r0, r1, r2", "(r8)", "notes", "gaps are equal"):

@@ -225,7 +225,7 @@ def test_empty_or_blank_responses(run: Run, blank: str) -> None:
     assert data["id"][:] == ["r0"]
     assert run.counts() == {"empty_response": counted(2, "r1", "r2")}
     drops = run.audit.drops()
-    assert drops is not None and "67 %" in drops and "2 of 3 rows" in drops and "(r1, r2)" in drops
+    assert drops is not None and "67%" in drops and "2 of 3 rows" in drops and "(r1, r2)" in drops
 
 
 def test_empty_turns_of_the_assistant(run: Run) -> None:
@@ -327,7 +327,7 @@ def test_duplicate_prompts(run: Run) -> None:
     run.load([pair(), pair("x", "y"), {**pair(), "prompt": "other"}])
     assert run.counts("warnings") == {"duplicate_prompt": counted(1, "r1")}
     (line,) = [line for line in run.audit.summary_lines() if "(r1)" in line]
-    assert line.startswith("1 row (33 %)")
+    assert line.startswith("1 row (33%)")
 
 
 def test_gaps_that_are_all_equal(run: Run) -> None:

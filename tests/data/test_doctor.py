@@ -50,7 +50,7 @@ def test_length_bias(tmp_path: Path) -> None:
     found = look(tmp_path / "p.jsonl", rows)
     assert found.length["chosen_longer"] == 1.0
     assert found.length["reward_correlation"] == pytest.approx(1.0)
-    assert any("learn length" in line for line in found.lines())
+    assert any("prefer length" in line for line in found.lines())
     fair = [pair(0, "long one", "b"), pair(1, "a", "long one"), pair(2, "same", "size")]
     found = look(tmp_path / "q.jsonl", fair)
     assert found.length == {"chosen_longer": 0.5, "reward_correlation": None}

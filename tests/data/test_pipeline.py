@@ -47,8 +47,8 @@ def test_sources_are_mixed_counted_and_named(
     assert audit.rows() == len(rows)
     assert all(int(row["response"][1:]) < 50 for row in rows)
     lines = audit.summary_lines()
-    assert any("rows.jsonl (2): 44 % of its rows (40)" in line for line in lines)
-    assert any("rows.jsonl (2): 60 % of its rows (30)" in line for line in lines)
+    assert any("rows.jsonl (2): 44% of its rows (40)" in line for line in lines)
+    assert any("rows.jsonl (2): 60% of its rows (30)" in line for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -162,10 +162,10 @@ def test_split_of_does_not_change_between_versions() -> None:
 def test_unknown_names_are_named_with_the_nearest_known() -> None:
     with raises("data.unknown-task", RecipeError) as error:
         load_task("quickstart/generl", "train", 1, 0)
-    assert "'quickstart/general'" in error.value.what
+    assert "`quickstart/general`" in error.value.what
     with raises("data.unknown-split", RecipeError) as error:
         load_task(CODE, "held-out", 1, 0)
-    assert "'heldout'" in error.value.what
+    assert "`heldout`" in error.value.what
     with raises("data.bad-size", RecipeError) as error:
         load_task(CODE, "train", 0, 0)
     assert "`size`" in error.value.what

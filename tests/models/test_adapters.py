@@ -275,7 +275,7 @@ def test_experts_as_transformers_4_names_them(tmp_path: Path) -> None:
 
 
 def test_loftq_is_refused_by_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LoftQ fits the adapter to the error of a quantised base: together they are not the model."""
+    """LoftQ fits the adapter to the error of a quantized base: together they are not the model."""
     from peft.tuners.lora import LoraLayer
 
     def rounded(self: Any, name: str, config: Any) -> None:

@@ -235,7 +235,7 @@ def test_a_step_of_dpo(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixtu
     with torch.no_grad():
         packed = token_logprobs(model, pack(rows, dpo.layout, pad_token_id=0).model_inputs)
     assert (packed - expected).abs().max() < 2e-6
-    assert (plain_logprobs(made, rows) - expected).abs().max() > 1e-3  # it has learnt something
+    assert (plain_logprobs(made, rows) - expected).abs().max() > 1e-3  # it has learned something
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "mllama"])

@@ -1,4 +1,4 @@
-"""4-bit bases: packed, merged, and why merged weights are not quantised again."""
+"""4-bit bases: packed, merged, and why merged weights are not quantized again."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_4_bits_pack_and_merge(quantized: Any, compute: torch.dtype) -> None:
 
 @pytest.mark.extras("bitsandbytes")
 def test_4_bits_again_take_back_what_was_merged(quantized: Any, tmp_path: Path) -> None:
-    """Why merged 4-bit weights are not quantised again: most of them snap back to where they were."""
+    """Why merged 4-bit weights are not quantized again: most of them snap back to where they were."""
     start = dequantized(quantized())
     model = adapters.with_adapter(copy.deepcopy(start), lora(target_modules="all-linear"))
     generator = torch.Generator().manual_seed(0)
@@ -85,7 +85,7 @@ def test_4_bits_again_take_back_what_was_merged(quantized: Any, tmp_path: Path) 
         )
     )
     name = "model.layers.0.self_attn.q_proj.weight"
-    before, learnt, after = (m.state_dict()[name] for m in (start, merged, again))
-    kept = ((after - before) * (learnt - before)).sum() / (learnt - before).square().sum()
-    noise = (after - learnt).norm() / (learnt - before).norm()
+    before, learned, after = (m.state_dict()[name] for m in (start, merged, again))
+    kept = ((after - before) * (learned - before)).sum() / (learned - before).square().sum()
+    noise = (after - learned).norm() / (learned - before).norm()
     assert kept < 0.2 and noise > 0.9

@@ -109,7 +109,7 @@ def train(settings: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype=dtype, **held)
     for tensor in (
         model.parameters() if held else ()
-    ):  # else the file that was quantised stays mapped
+    ):  # else the file that was quantized stays mapped
         tensor.data = tensor.data.clone()
     trainer(
         model=model,

@@ -109,7 +109,7 @@ def test_the_start_may_be_named(problems: Problems, valid: str) -> None:
         {"rpo": "{r: 4, quantization: nf4}"},  # three rounds
     ],
 )
-def test_merged_4_bit_weights_are_not_quantised_again(
+def test_merged_4_bit_weights_are_not_quantized_again(
     stages: dict[str, str], problems: Problems, valid: str
 ) -> None:
     (problem,) = problems(with_peft(valid, **stages))
@@ -117,7 +117,7 @@ def test_merged_4_bit_weights_are_not_quantised_again(
     assert "`between_stages: keep`" in str(problem.fix)
 
 
-def test_random_weights_are_not_quantised(problems: Problems, valid: str) -> None:
+def test_random_weights_are_not_quantized(problems: Problems, valid: str) -> None:
     random: Any = valid.replace(
         "name_or_path: base", "from_config: {model_type: llama}\n  tokenizer: characters"
     )

@@ -90,7 +90,7 @@
     }
   });
 
-  // The weakest contrast of the page's text colours with what is behind them.
+  // The weakest contrast of the page's text colors with what is behind them.
   const probe = document.body.appendChild(document.createElement("span"));
   const light = (variable) => {
     probe.style.color = `var(${variable})`;

@@ -13,7 +13,7 @@ from rpo_trainer.rewards.calibrate import by_source, calibrate, fit_reward_scale
 from tests.raising import raises
 
 
-def labelled(eta: float, pairs: int, seed: int, spread: float = 1.5) -> list[float]:
+def labeled(eta: float, pairs: int, seed: int, spread: float = 1.5) -> list[float]:
     """Gaps of chosen less rejected, chosen with the probability σ(η · gap)."""
     rng = np.random.default_rng(seed)
     gaps = rng.normal(0, spread / eta, pairs)
@@ -24,13 +24,13 @@ def labelled(eta: float, pairs: int, seed: int, spread: float = 1.5) -> list[flo
 @pytest.mark.parametrize("eta", [0.03, 0.5, 1.0, 4.0, 250.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_data_made_with_a_known_eta_give_it_back(eta: float, seed: int) -> None:
-    fit = fit_reward_scale(labelled(eta, 20_000, seed))
+    fit = fit_reward_scale(labeled(eta, 20_000, seed))
     assert fit.method == "labels"
     assert fit.reward_scale == pytest.approx(eta, rel=0.05)
 
 
 def test_the_fit_is_where_the_likelihood_is_largest() -> None:
-    gaps = np.array(labelled(0.7, 500, 1))
+    gaps = np.array(labeled(0.7, 500, 1))
 
     def likelihood(eta: float) -> float:
         return float(-np.log1p(np.exp(-eta * gaps)).sum())
@@ -50,12 +50,12 @@ def test_without_disagreement_the_median_gap_gets_its_target() -> None:
     fit = fit_reward_scale([0.0, 0.0, 1.0, 2.0, 3.0])
     assert fit.method == "quantile"
     assert 1 / (1 + math.exp(-fit.reward_scale * 2.0)) == pytest.approx(0.9, abs=1e-3)
-    assert fit_reward_scale([-1.0, 2.0, 3.0], labelled=False).method == "quantile"
+    assert fit_reward_scale([-1.0, 2.0, 3.0], labeled=False).method == "quantile"
     assert "the median of 3 gaps" in fit.line()
 
 
 def test_units_do_not_matter() -> None:
-    gaps = labelled(1.3, 2000, 4)
+    gaps = labeled(1.3, 2000, 4)
     for found in (gaps, [abs(gap) for gap in gaps]):
         one = fit_reward_scale(found).reward_scale
         assert fit_reward_scale([100 * g for g in found]).reward_scale == pytest.approx(one / 100)

@@ -21,7 +21,7 @@ from rpo_trainer.rewards.evaluate import (
     nll_figures,
     preference_figures,
     respond,
-    summarise,
+    summarize,
     to_score,
     win_rate,
 )
@@ -66,7 +66,7 @@ def run(
     generate = generate or spec()
     answers = respond(model, tokenizer, rows, generate=generate, greedy=greedy, seed=seed)
     rewards = [row["rewards"] for row in score_rows(to_score(rows, answers), judge)]
-    return summarise(rows, answers, rewards, maximum=judge.maximum, seed=seed, samples=samples)
+    return summarize(rows, answers, rewards, maximum=judge.maximum, seed=seed, samples=samples)
 
 
 def test_means_and_shares(monkeypatch: pytest.MonkeyPatch) -> None:

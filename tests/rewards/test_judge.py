@@ -146,7 +146,7 @@ def test_biases_are_counted() -> None:
     assert found["first_position"] == pytest.approx(4 / 6)
     assert bias_lines(found) == [
         "judge: 3 of 4 comparisons consistent, 1 equal",
-        "judge: 67% of its verdicts are for the answer shown first (50 % without position bias)",
+        "judge: 67% of its verdicts are for the answer shown first (50% without position bias)",
         "judge: the longer answer wins 100% of the time",
     ]
     assert len(bias_lines(biases([]))) == 1

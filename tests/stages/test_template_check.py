@@ -128,7 +128,7 @@ def test_variables_change_what_is_shown(save: Any, capsys: Any) -> None:
     code, out, _ = run(capsys, folder, "--kwargs", "quiet=true", "--json")
     found: Json = json.loads(out)["conversations"]
     assert code == 0 and "<think>" not in out
-    left_out = [one["name"] for one in found if any("leaves out" in w for w in one["warnings"])]
+    left_out = [one["name"] for one in found if any("omits" in w for w in one["warnings"])]
     assert left_out == [sample.name for sample in SAMPLES if "thinking" in sample.name]
     code, _, err = run(capsys, folder, "--kwargs", "enable_thinking=true")
     assert code == 2 and "`quiet`" in err and "--kwargs.enable_thinking: " in err

@@ -31,8 +31,8 @@ SECOND: dict[str, Any] = {
 
 def inputs_of(layout: str) -> dict[str, Any]:
     inputs = pack([FIRST, SECOND], layout, pad_token_id=9).model_inputs
-    assert inputs.router is None
-    found = {k: v for k, v in vars(inputs).items() if k != "router"}
+    assert inputs.router is None and inputs.stats is None
+    found = {k: v for k, v in vars(inputs).items() if k not in ("router", "stats")}
     return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in found.items()}
 
 

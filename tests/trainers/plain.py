@@ -110,7 +110,7 @@ def plain_preference(
 
 
 class Objective:
-    """What one global batch minimises."""
+    """What one global batch minimizes."""
 
     def __init__(self, kind: str, reference: dict[str, Tensor] | None = None, **settings: Any):
         self.kind = kind

@@ -80,7 +80,7 @@ def test_all_that_does_not_fit_is_said_at_once(tmp_path):
             "logits_chunk_bytes (int, 536870912): Maximum size of a tile of logits, in bytes.",
         ),
         (DPOConfig, "label_smoothing (float, 0.0): Assumed fraction of wrong labels: cDPO"),
-        (DPOConfig, "loss_type (str, 'dpo'): `dpo`: −log σ of the implicit gap"),
+        (DPOConfig, "loss_type (str, 'dpo'): `dpo`: −log σ of the implicit reward gap"),
         (RPOConfig, "reward_scale (float, 1.0): η: scale of the rewards."),
         (RPOConfig, "loss_type (str, 'rpo_bwd_kl'): `rpo_bwd_kl`: KL(softmax of"),
         (RewardConfig, "objective (str, 'bradley_terry'): `bradley_terry` (pairs) or"),

@@ -141,7 +141,7 @@ TEXTS = [
 ]  # fmt: skip
 
 
-def test_raw_text_rows_are_tokenised(character_model, make_trainer, tokenizer):
+def test_raw_text_rows_are_tokenized(character_model, make_trainer, tokenizer):
     trainer = make_trainer("rpo", copy.deepcopy(character_model), TEXTS, max_length=None)
     row = trainer.train_dataset[0]
     assert tokenizer.decode(row["prompt_ids"]) == "<s>question 0: "
@@ -156,7 +156,7 @@ def test_rows_too_long_are_dropped_and_counted(character_model, make_trainer):
     trainer = make_trainer("rpo", copy.deepcopy(character_model), TEXTS, max_length=24)
     assert len(trainer.train_dataset) == 2
     assert trainer.audits["train"].dropped["too_long"].count == 2
-    with pytest.raises(DataError, match=r"\brow\b"):
+    with pytest.raises(DataError, match=r"\bdata\.no-rows-left\b"):
         make_trainer("rpo", copy.deepcopy(character_model), TEXTS, max_length=5)
 
 
@@ -191,9 +191,9 @@ def test_what_is_dropped_is_a_warning_with_its_share(character_model, make_train
     assert len(trainer.train_dataset) == 2
     said = [record.message for record in caplog.records if "dropped" in record.message]
     assert (
-        "75 % of train_dataset (6 of 8 rows) dropped: 6 rows, longer than max_length 40" in said[0]
+        "75% of train_dataset (6 of 8 rows) dropped: 6 rows, longer than max_length 40" in said[0]
     )
-    assert "50 % of eval_own_dataset (1 of 2 rows) dropped" in said[1]
+    assert "50% of eval_own_dataset (1 of 2 rows) dropped" in said[1]
 
 
 def test_special_tokens_are_parsed_where_the_config_says_so(

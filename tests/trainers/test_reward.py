@@ -354,7 +354,7 @@ def test_rows_of_another_kind(tmp_path, rows, settings, code, wrong):
 
 
 @pytest.mark.parametrize("ratings", [[1.0], [None, None], [float("nan"), 1.0]])
-def test_tokenised_rows_with_other_ratings(tmp_path, ratings):
+def test_tokenized_rows_with_other_ratings(tmp_path, ratings):
     rows = rated_rows(0)
     rows[2]["attributes"] = ratings
     with raises("data.invalid-ratings", DataError, data="train", rows=[2]) as error:

@@ -102,7 +102,7 @@ def _openai_preference(raw: Raw) -> Row:
 
 
 def _strength(prompt: object, raw: Raw, first: str, second: str, column: str) -> Row:
-    """Two responses and a preference from -3 (first is better) to 3; its absolute value is the reward gap."""
+    """Return two responses and their reward gap from a preference from -3 (first is better) to 3."""
     value = raw[column]
     if reward_fault(value) or not -3 <= value <= 3:
         raise RowError(f"`{column}` is not a number from -3 to 3", code="data.rating-out-of-range")
@@ -224,7 +224,7 @@ PREFERENCE_FORMATS: dict[str, Format] = {
         prompts=PROMPT_COLUMNS,
         ignored=("prompt_id", "messages"),
     ),
-    # By name alone without `system`: a question may need a template of its own.
+    # By name alone without `system`: a question may need its own template.
     "orca": Format(
         "pair",
         ("question", "chosen", "rejected"),

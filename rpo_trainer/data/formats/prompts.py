@@ -41,7 +41,7 @@ def _prompt_of(messages: Callable[[Raw], list[Message]]) -> Callable[[Raw], Row]
 
 def _open_conversation(messages: list[Message]) -> list[Message]:
     if not messages:
-        raise RowError("no turn before the response", code="data.missing-prompt")
+        raise RowError("there is no turn before the response", code="data.missing-prompt")
     check_conversation(messages, "the prompt")
     check_prompt_end(messages, "the prompt")
     return messages

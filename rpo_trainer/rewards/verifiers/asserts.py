@@ -58,7 +58,7 @@ def _asserts(row: Row) -> Check:
 
 
 def require_sandbox() -> None:
-    """Raises RunError on systems without the limits that the sandbox sets on foreign code."""
+    """Raise RunError on systems without the limits that the sandbox sets on untrusted code."""
     missing = [f"os.{name}" for name in ("fork", "killpg") if not hasattr(os, name)]
     try:
         import resource  # noqa: F401

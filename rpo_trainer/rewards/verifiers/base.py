@@ -1,4 +1,4 @@
-"""Base of all verifiers: a row gives a check, which maps a response to its reward."""
+"""Base of all verifiers: each row has a check, which maps a response to its reward."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Verifier:
         """Return the check for the responses of one row.
 
         The check does not raise because of a response: failures (a timeout, deep nesting, a long number,
-            ...) give the lowest reward, 0.
+            ...) result in the lowest reward, 0.
 
         Args:
             row: the row.
@@ -97,7 +97,7 @@ class Verifier:
         def guarded(response: str) -> float:
             try:
                 reward = float(check(response))
-            # Problems of the installation are not the response's fault.
+            # Problems of the installation do not depend on the response.
             except (RPOTrainerError, ImportError):
                 raise
             except Exception as error:

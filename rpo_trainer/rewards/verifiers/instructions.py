@@ -171,7 +171,7 @@ def _words(text: str, num_words: int, relation: str) -> bool:
 
 @_instruction("length_constraints:number_paragraphs")
 def _paragraphs(text: str, num_paragraphs: int) -> bool:
-    """Nonempty paragraphs separated by `***`."""
+    """Check for nonempty paragraphs separated by `***`."""
     parts = [part.strip() for part in text.split("***")]
     if not parts[0]:
         parts = parts[1:]
@@ -182,7 +182,7 @@ def _paragraphs(text: str, num_paragraphs: int) -> bool:
 
 @_instruction("length_constraints:nth_paragraph_first_word")
 def _nth_paragraph(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> bool:
-    """Paragraphs separated by empty lines, the nth of which begins with the word."""
+    """Check that the nth of the paragraphs separated by empty lines begins with the word."""
     parts = [part for part in re.split(r"\n\s*\n", text) if part.strip()]
     if len(parts) != num_paragraphs or not 0 < nth_paragraph <= num_paragraphs:
         return False
@@ -200,7 +200,7 @@ def _placeholders(text: str, num_placeholders: int) -> bool:
 
 @_instruction("detectable_content:postscript")
 def _postscript(text: str, postscript_marker: str) -> bool:
-    """The marker, with any blanks and optional last period, followed by text."""
+    """Check for the marker, with any blanks and optional last period, followed by text."""
     letters = [re.escape(part) for part in re.split(r"[.\s]+", postscript_marker) if part]
     return (
         re.search(r"(?<!\w)" + r"\.?\s?".join(letters) + r"\b[.:]?\s*[^\s.:]", text, re.IGNORECASE)
@@ -220,14 +220,14 @@ def _constrained(text: str) -> bool:
 
 @_instruction("detectable_format:number_highlighted_sections")
 def _highlights(text: str, num_highlights: int) -> bool:
-    """*Nonempty* or **nonempty** text on one line."""
+    """Check for *nonempty* or **nonempty** text on one line."""
     found = re.findall(r"\*\*([^\n*]+)\*\*|\*([^\n*]+)\*", text)
     return sum(bool((double or single).strip()) for double, single in found) >= num_highlights
 
 
 @_instruction("detectable_format:multiple_sections")
 def _sections(text: str, section_spliter: str, num_sections: int) -> bool:
-    """Sections that start with the word and a number."""
+    """Check for sections that start with the word and a number."""
     found = re.findall(rf"(?<!\w){re.escape(section_spliter.strip())}\s?\d+", text)
     return len(found) >= num_sections
 
@@ -244,7 +244,7 @@ def _title(text: str) -> bool:
 
 @_instruction("combination:two_responses")
 def _two_responses(text: str) -> bool:
-    """Two different answers separated by six asterisks."""
+    """Check for two different answers separated by six asterisks."""
     parts = [part.strip() for part in text.split("******")]
     parts = [part for i, part in enumerate(parts) if part or 0 < i < len(parts) - 1]
     return len(parts) == 2 and all(parts) and parts[0] != parts[1]

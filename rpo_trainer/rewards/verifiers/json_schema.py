@@ -14,7 +14,7 @@ def _json_schema(row: Row) -> Check:
     """Return 1 if the response is JSON that conforms to the row's `schema`, else 0.
 
     `schema` is an object or its JSON text. One code fence around the entire response is removed; other text
-    beside the JSON makes it invalid. `$ref` never fetches anything. A response that takes longer than
+    next to the JSON makes it invalid. `$ref` never fetches anything. A response that takes longer than
     `SECONDS` raises TimeoutError: its reward is 0.
     """
     try:

@@ -36,7 +36,7 @@ def _numeric(row: Row) -> Check:
 
     The answer is the last number in the last \\boxed{…}, else the first after the last `####`, else the
     last of the entire response, as in GSM8K. Thousands separators, currencies, units, fractions (3/4, 1
-    1/2, \\frac{3}{4}) and exponents are parsed; numbers are compared exactly. 50 % equals both 50 and
+    1/2, \\frac{3}{4}) and exponents are parsed; numbers are compared exactly. 50% equals both 50 and
     0.5.
     """
     truth = last_number(ground_truth(row))

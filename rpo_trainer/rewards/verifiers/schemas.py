@@ -191,7 +191,9 @@ def _follow(schema: Any, resolver: Any, specification: Any, seen: dict[int, int]
     if not isinstance(schema, dict) or seen.get(id(schema)) == _DONE:
         return
     if seen.get(id(schema)) == _OPEN:
-        raise RowError("`schema` refers to itself endlessly", code="verifier.recursive-schema")
+        raise RowError(
+            "the references of `schema` form an endless loop", code="verifier.recursive-schema"
+        )
     seen[id(schema)] = _OPEN
     for keyword in ("$ref", "$dynamicRef", "$recursiveRef"):
         reference = schema.get(keyword)

@@ -127,7 +127,7 @@ def _regex(row: Row) -> Check:
 def missing_library(verifier: str, library: str) -> RecipeError:
     """Return the error for a verifier whose library is not installed."""
     return RecipeError(
-        f"the verifier '{verifier}' requires {library}, not installed",
+        f"the verifier '{verifier}' requires {library}, which is not installed",
         code="recipe.missing-library",
         why="only some verifiers use it",
         fix="pip install 'rpo-trainer[verifiers]'",

@@ -69,7 +69,7 @@ def test_a_row_without_what_is_needed_is_an_error_and_never_a_reward(
 def test_unknown_verifier_is_named_with_the_nearest_known() -> None:
     with raises("verifier.unknown", RecipeError) as error:
         get_verifier("partialmatch")
-    assert "'partial_match'" in error.value.what
+    assert "`partial_match`" in error.value.what
 
 
 def test_code_is_not_run_unless_asked_for() -> None:

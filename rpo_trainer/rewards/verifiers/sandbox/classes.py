@@ -92,7 +92,7 @@ def put_together(kind: list[str], parts: list[Any]) -> Any:
         return _MAKERS[kind[0]](*parts)
     module, name = kind
     if (module, name) not in _PARTS:
-        raise ValueError("not a class that travels as a copy")
+        raise ValueError("not a class that is sent as a copy")
     if name in ("datetime", "time"):
         return parts[0].replace(tzinfo=parts[1], fold=parts[2])
     return getattr(importlib.import_module(module), name)(*parts)

@@ -102,7 +102,7 @@ def _tester(channel: Channel, report: int, task: dict[str, Any], first: dict[str
         return
 
     def start() -> None:
-        """Let the response run; nothing of it has run before."""
+        """Run the code of the response, which has not run before."""
         names.start = None
         os.write(report, b"s")
         channel.send("start")
@@ -113,7 +113,7 @@ def _tester(channel: Channel, report: int, task: dict[str, Any], first: dict[str
     try:
         exec(compile(setup, "setup", "exec", dont_inherit=True), names)
     except BaseException as error:
-        if names.start is not None:  # nothing of the response was requested yet
+        if names.start is not None:  # no object of the response was requested yet
             os.write(report, b"e" + _text("setup", error).encode(errors="replace"))
         return
     if names.start is not None:

@@ -73,7 +73,7 @@ class Type(type, metaclass=_TypeOfType):
 
 
 def is_instance(value: Any, kinds: Any) -> bool:
-    """The builtin `isinstance` for tests: library classes apply to objects of the response."""
+    """Replace the builtin `isinstance` in tests: library classes apply to objects of the response."""
     if type(value) is not Proxy:
         return isinstance(value, kinds)
     for kind in kinds if isinstance(kinds, tuple) else (kinds,):

@@ -4,8 +4,8 @@ Comparisons that decide a test happen in the tester. A proxy equals a plain valu
 builtin type without changing its equality (a named tuple, an integer enum); then the underlying value is
 fetched and compared in the tester. The other operand is not sent.
 
-An object computed from a value of the test ("fed") may contain the expected result. Its operators give
-the test no plain value: it is not equal to one, and has no order, number, truth value or length.
+An object computed from a value of the test ("fed") may contain the expected result. Its operators return
+no plain value to the test: it is not equal to one, and has no order, number, truth value or length.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Linux seccomp filter: system calls that tested code cannot make, whatever its user.
+"""Linux seccomp filter: system calls that tested code cannot make, regardless of its user.
 
 New threads are allowed; new processes, sockets other than pairs, and signals to other processes are not.
 The filter requires no privileges and cannot be removed.
