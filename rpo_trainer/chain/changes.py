@@ -56,7 +56,17 @@ class Change(NamedTuple):
     new: Any
 
     def __str__(self) -> str:
-        return f"{self.key}: {json.dumps(self.old)} → {json.dumps(self.new)}"
+        return f"{self.key}: {_shown(self.old)} → {_shown(self.new)}"
+
+
+def _shown(value: Any) -> str:
+    """Return a value as JSON, without the unset fields of the elements of a list."""
+    if isinstance(value, list):
+        value = [
+            {k: v for k, v in each.items() if v is not None} if isinstance(each, Mapping) else each
+            for each in value
+        ]
+    return json.dumps(value)
 
 
 def differences(key: str, old: Any, new: Any) -> list[Change]:
@@ -83,8 +93,8 @@ def data_changed(what: str, stage: str, run_dir: Path, *, why: str, undo: str) -
 
 
 def ways_out(undo: str, keys: Sequence[str]) -> str:
-    """Return the fix for a change: undo it, start over, or allow these keys."""
-    ways = [undo, "start in a new directory (--run-dir)"]
+    """Return the fix for a change: undo it, start anew, or allow these keys."""
+    ways = [undo, "start in a new directory (--run-dir)", "start over (`run --overwrite`)"]
     if keys:
         ways.append("resume with the change: " + " ".join(f"--allow-changed {key}" for key in keys))
     return ", or ".join([", ".join(ways[:-1]), ways[-1]])

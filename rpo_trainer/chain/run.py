@@ -390,7 +390,7 @@ class _Chain:
             record.eval = agreement_of(record)
             return
         scores = self.evaluation.measure(stage, self.preparer.label(stage))
-        if record.eval_after is not None:
+        if record.eval_after is not None and stage.kind == "sft":
             scores.nll = record.eval_after.get("eval_loss/sft")
             scores.nll_before = (record.eval_before or {}).get("eval_loss/sft")
         record.eval = scores

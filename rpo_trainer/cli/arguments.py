@@ -1,12 +1,15 @@
-"""Arguments and options that several commands share."""
+"""Arguments, options and output that several commands share."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
-# Settings of a command that takes overrides.
+from rpo_trainer.runtime.terminal import fitted
+
+# Settings of commands with overrides.
 OVERRIDES = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 recipe_argument = click.argument("recipe", type=click.Path(path_type=Path))
@@ -17,3 +20,8 @@ run_dir_option = click.option(
     help="Run directory.  [default: `run_dir` of the recipe, else runs/NAME]",
 )
 run_argument = click.argument("run_dir", metavar="RUN", type=click.Path(path_type=Path))
+
+
+def show(text: str) -> None:
+    """Print a line to stdout, wrapped at words in a terminal."""
+    click.echo(fitted(text, sys.stdout))

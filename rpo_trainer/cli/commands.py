@@ -1,4 +1,4 @@
-"""`main` and the commands on recipes and runs: arguments only. Torch is imported by the commands."""
+"""`main` and the commands on recipes and runs: arguments only. The commands import torch when they run."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from rpo_trainer.cli.json_output import (
 from rpo_trainer.cli.rewards import COMMANDS as REWARD_COMMANDS
 from rpo_trainer.cli.watch import watch
 from rpo_trainer.errors import RPOTrainerError, RunError, error_text
-from rpo_trainer.recipe import json_schema, load_recipe, shipped
+from rpo_trainer.recipe import expand_stages, json_schema, load_recipe, shipped
 from rpo_trainer.recipe.schema import STAGE_KINDS
 from rpo_trainer.redact import (
     RedactingHandler,
@@ -52,12 +52,15 @@ from rpo_trainer.runtime.terminal import TerminalHandler, fitted
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rpo-trainer")
-@click.option("-v", "--verbose", is_flag=True, help="Show debug messages too.")
-@click.option("--local_rank", type=int, hidden=True, expose_value=False)  # of deepspeed's launcher
+@click.option("-v", "--verbose", is_flag=True, help="Also show debug messages.")
+@click.option(
+    "--local_rank", type=int, hidden=True, expose_value=False
+)  # passed by the launcher of DeepSpeed
 def cli(verbose: bool) -> None:
     """Preference fine-tuning of language models: SFT, DPO, RPO and reward models.
 
-    A recipe (YAML) describes the model and the stages. Start with `rpo-trainer recipes`.
+    A recipe (YAML) describes the model, the data and the training stages. Write one with `init`, convert
+    one of another tool with `convert`, or start from one that `recipes` lists.
     """
     _show_messages(verbose)
 
@@ -70,14 +73,14 @@ def cli(verbose: bool) -> None:
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="Start from the beginning; delete the previous run in the run directory.",
+    help="Delete the previous run in the run directory, and start from the beginning.",
 )
 @click.option(
     "--allow-changed",
     "allowed",
     multiple=True,
     metavar="KEY",
-    help="Resume although this key of the recipe, or a key below it, has changed, such as "
+    help="Resume even though this key of the recipe, or a key below it, has changed, such as "
     "stages.dpo.beta or stages.dpo. Can be repeated.",
 )
 def run(
@@ -90,11 +93,13 @@ def run(
 ) -> None:
     """Run all stages of a recipe, or resume the run.
 
-    A run that was stopped resumes with the same command. OVERRIDES change values of RECIPE:
-    stages.dpo.beta=0.005, or --stages.dpo.beta 0.005.
+    The same command resumes a run that was stopped. OVERRIDES change values of RECIPE, such as
+    stages.dpo.beta=0.005 or --stages.dpo.beta 0.005.
     """
     if overwrite and allowed:
-        raise click.UsageError("--allow-changed resumes a run; --overwrite starts a new one.")
+        raise click.UsageError(
+            "--allow-changed and --overwrite cannot be combined: one resumes a run, the other deletes it."
+        )
     _run(recipe, overrides, run_dir, None, not no_report, allowed, overwrite)
 
 
@@ -131,7 +136,7 @@ def status(run_dir: Path, as_json: bool, watched: bool, interval: float) -> None
 @cli.command()
 @run_argument
 def report(run_dir: Path) -> None:
-    """Write report.html of a run, finished or not.
+    """Write report.html for a run, finished or not.
 
     RUN is the run directory; the report is written into it.
     """
@@ -148,19 +153,21 @@ def schema() -> None:
 
 @cli.command()
 @click.argument("name", required=False)
-@click.option("--copy", metavar="DIR", type=click.Path(path_type=Path), help="Copy all to DIR.")
+@click.option(
+    "--copy", metavar="DIR", type=click.Path(path_type=Path), help="Copy all recipes to DIR."
+)
 @click.option(
     "--overwrite",
     is_flag=True,
-    help="With --copy: replace files of the same names in an existing DIR.",
+    help="With --copy: replace files with the same names in an existing DIR.",
 )
 def recipes(name: str | None, copy: Path | None, overwrite: bool) -> None:
     """List, print or copy the recipes that come with the package.
 
-    With NAME, prints that recipe.
+    With NAME, prints this recipe.
     """
     if name is not None and copy is not None:
-        raise click.UsageError("--copy copies all recipes and takes no NAME.")
+        raise click.UsageError("--copy copies all recipes; it cannot be combined with NAME.")
     if overwrite and copy is None:
         raise click.UsageError("--overwrite requires --copy.")
     if name is not None:
@@ -177,14 +184,16 @@ for _command in (init, convert, *RECIPE_COMMANDS, compare, *REWARD_COMMANDS):
 
 def _stage_command(kind: str) -> Callable[..., None]:
     title = "reward model" if kind == "reward" else kind.upper()
-    text = f"Run one {title} stage of a recipe.\n\nThe stages that it starts from must be finished."
+    text = f"Run one {title} stage of a recipe.\n\nThe stages that it depends on must be finished."
 
     @cli.command(kind, context_settings=OVERRIDES, help=text)
     @recipe_argument
     @overrides_argument
     @run_dir_option
     @click.option(
-        "--stage", metavar="NAME", help=f"The stage, if the recipe has several of kind {kind}."
+        "--stage",
+        metavar="NAME",
+        help=f"Name of the stage, if the recipe has several of kind {kind}.",
     )
     def command(
         recipe: Path, overrides: Sequence[str], run_dir: Path | None, stage: str | None
@@ -207,22 +216,25 @@ def _run(
     allowed: Sequence[str] = (),
     overwrite: bool = False,
 ) -> None:
-    loaded = load_recipe(recipe, overrides)  # before torch is imported: errors are shown at once
+    loaded = load_recipe(recipe, overrides)  # before torch is imported, to show errors immediately
     from transformers.utils.logging import disable_progress_bar
 
     from rpo_trainer.chain import run_chain, select_stage
     from rpo_trainer.report import build_report
 
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # one for each file
-    names = None if only is None else {select_stage(loaded, *only)}
-    folder = run_chain(loaded, run_dir, only=names, allow_changed=allowed, overwrite=overwrite)
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar per file
+    name = expand_stages(loaded.recipe)[-1].name if only is None else select_stage(loaded, *only)
+    folder = run_chain(
+        loaded, run_dir, only=None if only is None else {name}, allow_changed=allowed, overwrite=overwrite,
+    )  # fmt: skip
     if _rank("RANK") != 0:
         return
     _table(folder)
+    click.echo(f"model: {folder / name / 'final'}")
     if with_report:
         try:
             click.echo(f"report: {build_report(folder)}")
-        except RunError as error:  # the chain is done, also where the report's extra is missing
+        except RunError as error:  # the chain is finished; the extra `report` may be missing
             click.echo(fitted(f"no report: {error}", sys.stderr), err=True)
 
 
@@ -239,7 +251,7 @@ def _list(found: Mapping[str, str]) -> None:
 
 
 def _rank(name: str) -> int:
-    """The rank that the launcher sets: RANK over all processes, LOCAL_RANK on this host."""
+    """Return the rank set by the launcher: RANK over all processes, LOCAL_RANK on this host."""
     return int(os.environ.get(name, 0))
 
 
@@ -248,7 +260,7 @@ def _table(run_dir: Path) -> None:
 
     from rpo_trainer.report import status_view
 
-    Console().print(status_view(run_dir))
+    Console(highlight=False).print(status_view(run_dir))
 
 
 def _show_messages(verbose: bool) -> None:
@@ -278,12 +290,12 @@ def _redact_output() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> Any:
-    """Entry point. An error of the user is printed without a traceback, and sets the exit code."""
+    """Entry point. User errors are printed without a traceback and set the exit code."""
     _redact_output()
     try:
         code = _exit_code(args)
     except Exception as error:
-        # A bug. Printed here: its traceback would keep the process group alive.
+        # A bug. Print it here: its traceback would keep the process group alive.
         click.echo(redacted_traceback(error), err=True, nl=False)
         code = 1
     if "torch.distributed" in sys.modules:
@@ -295,7 +307,7 @@ def main(args: Sequence[str] | None = None) -> Any:
 
 
 def _exit_code(args: Sequence[str] | None) -> int:
-    """Run a command; print its error, as JSON too where `--json` was given; return the exit code."""
+    """Run a command; print its error, also as JSON with `--json`; return the exit code."""
     state = JsonState()
     try:
         cli(args=list(args) if args is not None else None, standalone_mode=False, obj=state)
@@ -310,7 +322,7 @@ def _exit_code(args: Sequence[str] | None) -> int:
 
 
 def _show_error(error: BaseException) -> int:
-    """Print an error to stderr and return its exit code; raise it again if it is a bug."""
+    """Print an error to stderr and return its exit code; re-raise a bug."""
     if isinstance(error, click.ClickException):
         text = io.StringIO()
         error.show(file=text)
@@ -327,7 +339,7 @@ def _show_error(error: BaseException) -> int:
 
 
 def _file_system_error(error: BaseException) -> RunError | None:
-    """The error as one of the file system (disk full, no permission); None: it is another."""
+    """Return the RunError of a file system error (disk full, no permission), or None for others."""
     if not isinstance(error, OSError | RuntimeError) or (reason := refusal(error)) is None:
         return None
     return RunError(

@@ -17,17 +17,17 @@ import click
     help="Also write the comparison as an HTML page with overlaid curves (extra `report`).",
 )
 def compare(run_dirs: tuple[Path, ...], target: Path | None) -> None:
-    """Compare the final figures and the settings of runs.
+    """Compare the final results and the settings of runs.
 
-    Figures are those after the last measured stage of each run, with 95% intervals over held-out
-    prompts. Settings are the recipe keys, hardware and versions that differ.
+    RUN is a run directory. Results are those after the last measured stage of each run, with 95%
+    intervals over held-out prompts. Settings are the recipe fields, hardware and versions that differ.
     """
     if len(run_dirs) < 2:
-        raise click.UsageError("Give at least two run directories.")
+        raise click.UsageError("At least two run directories are required.")
     from rich.console import Console
 
     from rpo_trainer.report import build_comparison, compare_view
 
-    Console().print(compare_view(run_dirs))
+    Console(highlight=False).print(compare_view(run_dirs))
     if target is not None:
         click.echo(f"comparison: {build_comparison(run_dirs, target)}")

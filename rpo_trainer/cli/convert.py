@@ -1,4 +1,4 @@
-"""The command `convert`: a config of another tool → a recipe."""
+"""`rpo-trainer convert`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from rpo_trainer.cli.arguments import show
 from rpo_trainer.errors import RunError
 
 
@@ -14,7 +15,7 @@ from rpo_trainer.errors import RunError
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path),
-    help="The recipe to write.  [default: FILE with the suffix .recipe.yaml]",
+    help="Recipe to write.  [default: FILE with the suffix .recipe.yaml]",
 )  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace the recipe if it exists.")
 @click.option(
@@ -22,15 +23,17 @@ from rpo_trainer.errors import RunError
     help="Number of GPUs that FILE was used with, for the global batch size.  [default: 1]",
 )  # fmt: skip
 @click.option(
-    "--kind", type=click.Choice(["sft", "dpo", "reward"]), help="TRL only: the command FILE is for."
+    "--kind",
+    type=click.Choice(["sft", "dpo", "reward"]),
+    help="TRL only: the TRL command of FILE, if its keys do not determine it.",
 )
 def convert(
     file: Path, output: Path | None, overwrite: bool, devices: int | None, kind: str | None
 ) -> None:
-    """Convert FILE, a LLaMA-Factory, Axolotl or TRL config in YAML, to a recipe.
+    """Convert a LLaMA-Factory, Axolotl or TRL config to a recipe.
 
-    Prints every key that has no counterpart, with the reason. Exit code 2 where the file or its training
-    method is not supported.
+    FILE is a YAML file. Prints every key without a counterpart, with the reason. Exit code 2 if the file
+    or its training method is not supported.
     """
     from rpo_trainer.recipe.convert.convert import convert_file
     from rpo_trainer.runtime.files import atomic_write
@@ -39,25 +42,25 @@ def convert(
     refuse_existing(output, overwrite)
     converted = convert_file(file, output, devices=devices, kind=kind)
     atomic_write(output, converted.text)
-    click.echo(f"wrote {output}, converted from {file} ({converted.tool})")
-    _show("Not converted:", converted.left_out)
-    _show("To compare before training:", converted.differences)
-    _show("Not needed here:", converted.not_needed)
+    show(f"wrote {output}, converted from {file} ({converted.tool})")
+    _notes("Not converted:", converted.left_out)
+    _notes("Check before training:", converted.differences)
+    _notes("Not needed:", converted.not_needed)
     click.echo(f"next: rpo-trainer check {output}")
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raise RunError where the file exists and may not be replaced."""
+    """Raise RunError if the file exists and must not be replaced."""
     if path.exists() and not overwrite:
         raise RunError(
             f"{path} exists",
             code="option.path-exists",
-            fix="give --overwrite to replace it, or another name",
+            fix="give --overwrite to replace it, or choose another name",
         )
 
 
-def _show(title: str, notes: Sequence[object]) -> None:
+def _notes(title: str, notes: Sequence[object]) -> None:
     if notes:
         click.echo(title)
         for note in notes:
-            click.echo(f"  {note}")
+            show(f"  {note}")

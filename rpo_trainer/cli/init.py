@@ -1,4 +1,4 @@
-"""The command `init`: a new recipe from a model and data files."""
+"""`rpo-trainer init`."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 import click
 
+from rpo_trainer.cli.arguments import show
 from rpo_trainer.cli.convert import refuse_existing
 
 
 @click.command()
 @click.argument("recipe", default="recipe.yaml", type=click.Path(path_type=Path))
-@click.option(
-    "--model", required=True, metavar="NAME_OR_DIR", help="Directory or hub name of the model."
-)
+@click.option("--model", required=True, metavar="NAME_OR_DIR", help="Model: directory or hub name.")
 @click.option(
     "--data", required=True, multiple=True, metavar="FILE",
-    help="Training rows: a file or a hub name; may be repeated.",
+    help="Training rows: file or hub name. Can be repeated.",
 )  # fmt: skip
 @click.option(
-    "--eval", "held_out", multiple=True, metavar="FILE", help="Held-out rows; may be repeated."
-)
+    "--eval", "held_out", multiple=True, metavar="FILE",
+    help="Held-out rows: file or hub name. Can be repeated.  [default: 5% of the prompts of --data]",
+)  # fmt: skip
 @click.option(
     "--kind", type=click.Choice(["sft", "dpo", "rpo", "chain"]),
-    help="What to train.  [default: by the rows: conversations → sft, pairs → dpo, pairs with rewards → "
-    "rpo, conversations and pairs → chain]",
+    help="Stages of the recipe.  [default: detected from the rows: conversations → sft, pairs → dpo, pairs "
+    "with rewards → rpo, conversations and pairs → chain]",
 )  # fmt: skip
 @click.option("--lora", is_flag=True, help="Train a LoRA adapter instead of all weights.")
 @click.option("--overwrite", is_flag=True, help="Replace RECIPE if it exists.")
@@ -34,9 +34,10 @@ def init(
     recipe: Path, model: str, data: Sequence[str], held_out: Sequence[str], kind: Any, lora: bool,
     overwrite: bool,
 ) -> None:  # fmt: skip
-    """Write RECIPE (recipe.yaml) for a model and data files, ready to run.
+    """Write a recipe for a model and data files, ready to run.
 
-    The rows decide the kind of training and the lengths; the other values are good starting points.
+    RECIPE is the file to write (default: recipe.yaml). The data determine the kind of training and, if the
+    model is a local directory, `max_length`. The other values are starting points, each with a comment.
     """
     refuse_existing(recipe, overwrite)
     from rpo_trainer.runtime.files import atomic_write
@@ -45,7 +46,7 @@ def init(
     made = new_recipe(recipe, model=model, data=data, held_out=held_out, kind=kind, lora=lora)
     atomic_write(recipe, made.text)
     for line in made.facts:
-        click.echo(line)
+        show(line)
     click.echo(f"wrote {recipe}; next:")
     for command in ("check", "plan", "run"):
         click.echo(f"  rpo-trainer {command} {recipe}")

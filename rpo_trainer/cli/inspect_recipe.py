@@ -1,4 +1,4 @@
-"""The commands that look at a recipe before a run: `check`, `plan`, `preview`."""
+"""The commands that inspect a recipe before a run: `check`, `plan`, `preview`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rpo_trainer.cli.arguments import (
     overrides_argument,
     recipe_argument,
     run_dir_option,
+    show,
 )
 from rpo_trainer.cli.json_output import check_content, collecting, json_option, plan_content
 from rpo_trainer.cli.template import check_template
@@ -26,15 +27,15 @@ from rpo_trainer.recipe import load_recipe
 @click.option(
     "--template",
     metavar="TOKENIZER",
-    help="Check the chat template of this tokenizer (directory or hub name) on seven sample "
-    "conversations, without a recipe. Exit code 5 if training and sampling differ.",
+    help="In place of RECIPE: check the chat template of this tokenizer (directory or hub name) on "
+    "seven sample conversations. Exit code 5 if training and sampling differ.",
 )
 @click.option("--chat-template", help="With --template: chatml, plain, or a Jinja file.")
 @click.option(
     "--kwargs",
     multiple=True,
     metavar="NAME=VALUE",
-    help="With --template: a variable of the chat template, such as enable_thinking=false.",
+    help="With --template: a variable of the chat template, such as enable_thinking=false. Can be repeated.",
 )
 @json_option()
 def check(
@@ -48,8 +49,8 @@ def check(
 ) -> None:
     """Check a recipe, its data and its models before a run.
 
-    Reads and tokenizes the data of all stages; checks tokenizer, chat template, model configurations,
-    disk space and run directory. Loads no weights.
+    Reads and tokenizes the data of all stages; checks the tokenizer, the chat template, the configurations
+    of the models, the disk space and the run directory. Does not load weights.
     """
     if template is not None:
         if recipe is not None or run_dir is not None:
@@ -71,7 +72,7 @@ def check(
     if as_json:
         return
     for line in lines:
-        click.echo(line)
+        show(line)
     warnings = count_warnings(lines)
     click.echo(
         f"{recipe}: OK" + (f", with {warnings} warning{'s' * (warnings > 1)}" * bool(warnings))
@@ -87,7 +88,7 @@ def check(
     type=click.Choice(["single", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload"]),
     default="single",
     show_default=True,
-    help="Parallelism: what each device holds.",
+    help="Parallelism to plan for: what each device holds.",
 )
 @click.option(
     "--devices",
@@ -115,7 +116,7 @@ def plan(
 ) -> None:
     """Estimate memory, disk space, steps and tokens of a run.
 
-    Prints the launch command too. Reads and tokenizes the data; loads no weights without --measure.
+    Also prints the launch command. Reads and tokenizes the data; loads weights only with --measure.
     """
     with collecting(as_json, recipe=str(recipe)) as content:
         loaded = load_recipe(recipe, overrides)
@@ -132,7 +133,7 @@ def plan(
         )  # fmt: skip
         content |= {"run_dir": str(run_dir), **plan_content(planned)}
     if not as_json:
-        Console().print(plan_view(planned, run_dir))
+        Console(highlight=False).print(plan_view(planned, run_dir))
 
 
 @click.command(context_settings=OVERRIDES)
@@ -146,7 +147,7 @@ def plan(
 def preview(recipe: Path, overrides: Sequence[str], count: int, stage: str | None) -> None:
     """Show training examples of a recipe, token by token.
 
-    Marks which tokens are trained, and what is truncated.
+    Marks the tokens that are trained and those that are truncated.
     """
     loaded = load_recipe(recipe, overrides)
     from rich.console import Console

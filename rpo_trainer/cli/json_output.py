@@ -1,4 +1,4 @@
-"""`--json`: one object on stdout, also where a command fails; everything else goes to stderr."""
+"""`--json`: one object on stdout, also if a command fails; everything else goes to stderr."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class JsonState:
-    """Whether the command was called with `--json`, and what it has found before an error.
+    """Whether the command was called with `--json`, and its results before an error.
 
     Attributes:
         requested: set as soon as the option is parsed.
-        content: keys of the object that are printed beside `ok` and `errors`.
+        content: keys of the object other than `ok` and `errors`.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class JsonState:
 
 
 def json_option(help: str = "Print one JSON object, errors included.") -> Callable[[F], F]:
-    """`--json`, passed on as `as_json`; errors of the command are then printed as JSON too."""
+    """`--json`, passed as `as_json`; errors of the command are then also printed as JSON."""
 
     def note(context: click.Context, _: click.Parameter, value: bool) -> bool:
         state_of(context).requested = value
@@ -53,21 +53,21 @@ def json_option(help: str = "Print one JSON object, errors included.") -> Callab
 
     return click.option(
         "--json", "as_json", is_flag=True, is_eager=True, callback=note, help=help
-    )  # eager: errors of the other arguments are printed as JSON too
+    )  # eager: errors of the other arguments are also printed as JSON
 
 
 def state_of(context: click.Context) -> JsonState:
-    """The state of the running command."""
+    """Return the state of the running command."""
     return context.find_root().ensure_object(JsonState)
 
 
 @contextmanager
 def collecting(as_json: bool, **content: Any) -> Iterator[dict[str, Any]]:
-    """Collect the content of the object, print it at the end, and keep stdout free of anything else.
+    """Collect the content of the object and print it at the end; other output goes to stderr.
 
     Args:
-        as_json: False: nothing happens here.
-        content: keys that are known from the start, and printed with errors too.
+        as_json: False: print nothing.
+        content: keys that are known from the start, and also printed with errors.
     """
     state = state_of(click.get_current_context())
     state.content = dict(content)
@@ -80,7 +80,7 @@ def collecting(as_json: bool, **content: Any) -> Iterator[dict[str, Any]]:
 
 
 def error_objects(error: BaseException) -> list[dict[str, Any]]:
-    """Each error with `code`, `what`, `where`, `why` and `fix`; null where it has none."""
+    """Return each error with `code`, `what`, `where`, `why` and `fix`, null if absent."""
     if isinstance(error, Problems):
         return [each for problem in error.problems for each in error_objects(problem)]
     if isinstance(error, RPOTrainerError):
@@ -95,14 +95,14 @@ def error_objects(error: BaseException) -> list[dict[str, Any]]:
         ]
     code, what, fix = "internal.error", f"{type(error).__name__}: {error}", None
     if isinstance(error, click.ClickException):
-        code, what, fix = "option.usage", error.format_message(), "see --help of the command"
+        code, what, fix = "option.usage", error.format_message(), "see the --help of the command"
     elif isinstance(error, KeyboardInterrupt | click.Abort):
         code, what = "command.interrupted", "interrupted"
     return [{"code": code, "what": what, "where": None, "why": None, "fix": fix}]
 
 
 def check_content(loaded: LoadedRecipe, lines: Sequence[str]) -> dict[str, Any]:
-    """The lines of `check_recipe`, by stage: `notes` and `warnings`."""
+    """Return the lines of `check_recipe` by stage, as `notes` and `warnings`."""
     from rpo_trainer.chain.findings import WARNING
     from rpo_trainer.recipe import expand_stages
 
@@ -123,7 +123,7 @@ def check_content(loaded: LoadedRecipe, lines: Sequence[str]) -> dict[str, Any]:
 
 
 def plan_content(plan: Plan) -> dict[str, Any]:
-    """A plan; memory and disk in bytes."""
+    """Return the content of a plan; memory and disk in bytes."""
     return {
         "engine": plan.engine,
         "devices": plan.devices,
@@ -150,7 +150,7 @@ def plan_content(plan: Plan) -> dict[str, Any]:
 
 
 def status_content(run: RunResults, run_dir: Path) -> dict[str, Any]:
-    """The stages of a run directory."""
+    """Return the state of a run and its stages."""
     from rpo_trainer.runtime.lock_holder import is_running
 
     return {
@@ -184,7 +184,7 @@ def _print(content: Mapping[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """The value with null for NaN and infinities, which JSON does not have."""
+    """Return the value with null for NaN and infinities, which JSON does not support."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Options of the commands on rewards, made from the fields of a recipe. Imports no torch."""
+"""Options of the commands on rewards, generated from the fields of a recipe. Does not import torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def spec_options(
     without: Collection[str] = (),
     help: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
-    """Make an option for each field of a part of a recipe, with its type, default and description.
+    """Generate an option for each field of a part of a recipe, with its type, default and description.
 
     An option that is not given is None (a flag: False), so that the default of the field applies; see
     `given_values`. Choices and bounds of the fields are checked by `valid`.

@@ -1,4 +1,4 @@
-"""The commands on rewards: arguments only. Torch is imported by the commands."""
+"""The commands on rewards and rows: arguments only. The commands import torch when they run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from rpo_trainer.cli.arguments import show
 from rpo_trainer.cli.json_output import json_option
 from rpo_trainer.cli.options import (
     given_values,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from rpo_trainer.rewards.calibrate import Calibration
 
 SCORERS = ("verifier", "model", "endpoint", "judge")  # exactly one is required
-# Fields of an endpoint with options of another form: `--endpoint URL --name MODEL --kwargs NAME=VALUE`.
+# Fields of an endpoint whose options have another form: `--endpoint URL --name MODEL --kwargs NAME=VALUE`.
 _ENDPOINT = ("url", "model", "chat_template_kwargs")
 SERVICE = tuple(name for name in EndpointSpec.model_fields if name not in _ENDPOINT)
 JUDGED = ("template", "max_tokens")
@@ -81,7 +82,7 @@ _service = spec_options(EndpointSpec, SERVICE)
 
 def _show(lines: Iterable[str]) -> None:
     for line in lines:
-        click.echo(line)
+        show(line)
 
 
 @click.command()
@@ -127,7 +128,7 @@ def score(
         raise RecipeError(
             "--template and --max-tokens require --judge",
             code="option.missing-companion",
-            why="they set the prompt and the answer of a judge",
+            why="they configure the prompt and the answer of a judge",
             fix="add --judge URL --name MODEL, or remove them",
         )
     if name is not None and "endpoint" not in fields and "judge" not in fields:
@@ -150,7 +151,7 @@ def score(
     if "endpoint" in fields:
         fields["endpoint"] = service_fields(fields["endpoint"], name, service)
     if "judge" in fields:
-        # A judge reads plain text: the variables are those of its own chat template.
+        # A judge reads plain text: these variables are for its own chat template.
         own = {} if not kwargs else {"chat_template_kwargs": parse_kwargs(kwargs)}
         fields["judge"] = {**service_fields(fields["judge"], name, service), **judged, **own}
         rendered = ()
@@ -322,10 +323,10 @@ def _show_calibration(name: str, found: Calibration) -> None:
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
-    help="Held-out rows; prompts that are in both files are counted.",
+    help="Held-out rows; count the prompts that are in both files.",
 )
 @click.option(
-    "--tokenizer", help="Directory or hub name; adds lengths, truncation and chat template."
+    "--tokenizer", help="Directory or hub name; also report lengths, truncation and chat template."
 )
 @click.option("--chat-template", help=_CHAT_TEMPLATE)
 @_kwargs
@@ -354,7 +355,8 @@ def audit(
 ) -> None:  # fmt: skip
     """Count dropped rows and likely problems of a data file.
 
-    Lists duplicates, ties, length bias and what the chat template leaves out of INPUT.
+    Reports duplicates, ties, reversed rewards and length bias, and with --tokenizer truncated rows and
+    parts of the rows that the chat template leaves out.
     """
     from rpo_trainer.stages.inspect_data import audit_file
 
@@ -380,7 +382,7 @@ def audit(
 
 
 def _hide_weight_bars() -> None:
-    """Turns off transformers' progress bar for each model that is loaded."""
+    """Disable the progress bar of transformers for loading weights."""
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""`status --watch`: the state of a run, refreshed until the run ends."""
+"""`status --watch`: show the state of a run until it ends."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def watch(run_dir: Path, interval: float) -> None:
-    """Show the table of `status` until the run ends; outside a terminal, a line for each change.
+    """Show the table of `status` until the run ends; outside a terminal, print a line per change.
 
     Args:
-        interval: seconds between two readings.
+        interval: seconds between refreshes.
 
     Raises:
         RunError: `run_dir` is not a run directory.
@@ -32,16 +32,16 @@ def watch(run_dir: Path, interval: float) -> None:
             _in_terminal(console, run_dir, interval)
         else:
             _as_lines(run_dir, interval)
-    except KeyboardInterrupt:  # ends the watch, not the run
+    except KeyboardInterrupt:  # stops watching, not the run
         return
 
 
 def _readings(run_dir: Path, interval: float) -> Iterator[RunResults]:
-    """The run each `interval` seconds, at least once, until it ends."""
+    """Yield the run every `interval` seconds, at least once, until it ends."""
     from rpo_trainer.report.collect import collect_run
 
     while True:
-        running = is_running(run_dir)  # first: what was written before the end is read after it
+        running = is_running(run_dir)  # before reading: so that the last lines are not missed
         run = collect_run(run_dir)
         yield run
         if run.finished or not running:
@@ -76,7 +76,7 @@ def _as_lines(run_dir: Path, interval: float) -> None:
 
 
 def _line(stage: StageResults) -> str:
-    """One line on a stage: its state, the last step, and its loss."""
+    """Return a line with the state, the last step and the loss of a stage."""
     from rpo_trainer.report.formatting import duration, short
 
     parts: list[str] = [stage.record.state]
@@ -91,4 +91,4 @@ def _line(stage: StageResults) -> str:
 def _end(run: RunResults) -> str:
     if run.finished:
         return "finished"
-    return "not running; to resume, run the same `rpo-trainer run` command again"
+    return "not running; to resume, repeat the `rpo-trainer run` command"

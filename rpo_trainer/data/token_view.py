@@ -19,7 +19,7 @@ TRAINED = ("black on green", "black on bright_green")
 _MARKS = {PROMPT: ("", ""), UNTRAINED: ("", ""), LOST: ("⟨", "⟩"), TRAINED[0]: ("[", "]")}
 _NAMES = (
     ("prompt", PROMPT), ("trained", TRAINED[0]), ("response, not trained", UNTRAINED),
-    ("lost to max_length", LOST),
+    ("beyond max_length", LOST),
 )  # fmt: skip
 # Around a special token, to distinguish it from the same characters as text.
 SPECIAL = ("⟦", "⟧")
@@ -33,7 +33,7 @@ class TokenView:
     """Shows tokens of one tokenizer.
 
     Args:
-        colors: use colors; otherwise marks in the text: `[trained]`, `⟨lost to max_length⟩`.
+        colors: use colors; otherwise marks in the text: `[trained]`, `⟨beyond max_length⟩`.
     """
 
     tokenizer: PreTrainedTokenizerBase

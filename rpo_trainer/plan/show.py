@@ -34,7 +34,7 @@ def plan_view(plan: Plan, run_dir: Path) -> Any:
 
 def _work(plan: Plan) -> Table:
     timed = any(stage.seconds is not None for stage in plan.stages)
-    table = Table(title="work and disk", title_justify="left", box=box.SIMPLE, padding=0)
+    table = Table(title="work and disk space", title_justify="left", box=box.SIMPLE, padding=0)
     heads = ["stage", "kind", "examples", "steps", "tokens", "disk", *(["time"] * timed)]
     for head in heads:
         table.add_column(head, justify="left" if head in ("stage", "kind") else "right")
@@ -49,9 +49,9 @@ def _work(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan) -> Table:
-    title = f"memory of each of {plan.devices} devices, {plan.engine}"
+    title = f"memory per device ({plan.devices} devices, {plan.engine})"
     if plan.devices == 1:
-        title = f"memory of the device, {plan.engine}"
+        title = f"memory of the device ({plan.engine})"
     table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0)
     shown = [part for part in _HEADS if any(getattr(stage.memory, part) for stage in plan.stages)]
     table.add_column("stage")
@@ -66,8 +66,8 @@ def _memory(plan: Plan) -> Table:
 def _lines(plan: Plan, run_dir: Path) -> Iterator[str]:
     yield f"parameters: {plan.parameters:,}; peak: {size(plan.peak)} per device; disk: {size(plan.disk)}"
     yield (
-        "activ: activations of the costliest micro-batch, logit tiles included. Not counted: the process, "
-        "its libraries, and freed memory that the allocator caches."
+        "activ: activations of the largest micro-batch, including chunks of logits. Not counted: the "
+        "process, its libraries, and freed memory that the allocator caches."
     )
     if any(stage.memory.reference for stage in plan.stages):
         yield "ref pass: peak of the reference pass, before gradients and optimizer state exist."
@@ -80,7 +80,7 @@ def _lines(plan: Plan, run_dir: Path) -> Iterator[str]:
         )
         yield f"frozen base weights: {dtype} ({names}){why}."
     if any(EXACT in stage.disk for stage in plan.stages):
-        yield "exact: float32 weights that the next stage starts from; removed after it."
+        yield "exact: float32 weights that the next stage starts from; deleted after it."
     if any(stage.assumed for stage in plan.stages):
         yield "≤: responses are not sampled yet and count as max_new_tokens."
     folder = run_dir.absolute()

@@ -1,4 +1,4 @@
-"""Names of settings in TRL, transformers and other tools, and what to use instead of each."""
+"""Names of settings in TRL, transformers and other tools, and their replacements."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class ForeignName(NamedTuple):
 
 
 _TOGETHER = "remove it; max_length limits prompt and response together"
-_PACKED = "remove it; rows are packed without padding wherever the model allows it (layout)"
+_PACKED = "remove it; rows are packed without padding if the model supports it (layout)"
 _ASSISTANT = "remove it; only the assistant's responses are trained"
 _TEMPLATE = "set it on the tokenizer that is passed as processing_class"
 _NOT_OFFERED = "remove it; it is not supported"
-_PROCESSES = "remove it; the number of processes follows from the size of the data set"
+_PROCESSES = "remove it; the number of processes depends on the size of the dataset"
 _ROWS = "use rows of `text`, of `prompt` and `completion`, or of `messages`"
 _LOADED = "load the model with from_pretrained(...) and pass it as `model`"
 _IN_CONFIG = "set it in the config"
@@ -56,17 +56,17 @@ FOREIGN_NAMES = {
     "optimizer_cls_and_kwargs": ForeignName(
         trainer="set optim and optim_args in the config, or pass optimizers=(optimizer, None)"
     ),
-    # --- what is written, and when ---
+    # --- output ---
     "output_dir": ForeignName("run_dir", training_args="the recipe's `run_dir`"),
     "eval_strategy": ForeignName(training_args="`eval_steps`"),
     "save_strategy": ForeignName(training_args="`save_steps`"),
     "logging_strategy": ForeignName(training_args="`logging_steps`"),
     "compute_metrics": ForeignName(
-        trainer="remove it; loss, accuracies and margins are logged anyway. For other metrics subclass the "
+        trainer="remove it; loss, accuracies and margins are always logged. For other metrics, subclass the "
         "trainer and extend `evaluate`"
     ),
     "preprocess_logits_for_metrics": ForeignName(
-        trainer="remove it; all logits are never held in memory"
+        trainer="remove it; the full logits matrix is never built"
     ),
     # --- losses ---
     "beta": ForeignName(trainer=_IN_CONFIG),
@@ -88,7 +88,7 @@ FOREIGN_NAMES = {
     "model_name_or_path": ForeignName("name_or_path"),
     "lora": ForeignName("peft"),
     "peft_config": ForeignName("peft"),
-    "model_init": ForeignName(trainer="pass the model itself as `model`"),
+    "model_init": ForeignName(trainer="pass the model as `model`"),
     "model_init_kwargs": ForeignName(trainer=_IN_CONFIG),
     "trust_remote_code": ForeignName(trainer=_IN_CONFIG),
     "quantization_config": ForeignName(
@@ -115,10 +115,10 @@ FOREIGN_NAMES = {
     "assistant_only_loss": ForeignName(config=_ASSISTANT),
     "completion_only_loss": ForeignName(config=_ASSISTANT),
     "shuffle": ForeignName(
-        recipe="set it under `training_args`; without it each epoch is a new permutation"
+        recipe="set it under `training_args`; by default, each epoch has a new permutation"
     ),
     "shuffle_dataset": ForeignName(
-        config="remove it; each epoch is a new permutation unless shuffle=False"
+        config="remove it; each epoch has a new permutation unless shuffle=False"
     ),
     "dataset_num_proc": ForeignName(trainer=_PROCESSES),
     "dataset_text_field": ForeignName(config=_ROWS, trainer=_ROWS),
@@ -127,7 +127,7 @@ FOREIGN_NAMES = {
         trainer="remove it; the trainer packs rows itself, and only responses are trained"
     ),
     "formatting_func": ForeignName(
-        trainer="map the data set to rows of `prompt`, `chosen` and `rejected` first"
+        trainer="map the dataset to rows of `prompt`, `chosen` and `rejected` first"
     ),
     # --- sampling ---
     "rollout_func": ForeignName(trainer="remove it; these trainers do not sample"),
@@ -138,7 +138,7 @@ FOREIGN_NAMES |= {
     "overwrite_output_dir": ForeignName(config="remove it; use another output_dir for a new run"),
     "save_safetensors": ForeignName(config="remove it; weights are always saved as safetensors"),
     "group_by_length": ForeignName(
-        config="remove it; rows are packed, so that sorting by length saves nothing"
+        config="remove it; rows are packed, so that sorting by length has no benefit"
     ),
     "logging_dir": ForeignName(config="remove it; use the environment variable TENSORBOARD_LOGGING_DIR"),
     "no_cuda": ForeignName(config="use use_cpu"),
@@ -146,12 +146,12 @@ FOREIGN_NAMES |= {
     "label_pad_token_id": ForeignName(config=_PACKED, trainer=_PACKED),
     "padding_value": ForeignName(config=_PACKED, trainer=_PACKED),
     "is_encoder_decoder": ForeignName(config="remove it; models are decoder-only", trainer="remove it"),
-    "force_use_ref_model": ForeignName(config="remove it; ref_model is always used where it is passed"),
+    "force_use_ref_model": ForeignName(config="remove it; ref_model is always used if it is passed"),
     "neftune_noise_alpha": ForeignName(trainer=_IN_CONFIG),
     "label_smoothing": ForeignName(trainer=_IN_CONFIG),
     "loss_type": ForeignName(trainer=_IN_CONFIG),
 }  # fmt: skip
-FOREIGN_LOSSES = {"sigmoid": "dpo"}  # the same loss under another name
+FOREIGN_LOSSES = {"sigmoid": "dpo"}  # the same loss with another name
 RPO_ALPHA = (
     "sft_loss_weight for the SFT term, and RPOTrainer for Reward-aware Preference Optimization"
 )

@@ -27,7 +27,7 @@ from rpo_trainer.recipe.yaml_document import Document, Key, YamlProblem, parse
 from rpo_trainer.runtime.files import kind_of_file
 
 _HIDDEN = "..."  # replaces a secret, so that no other error shows it
-MAX_BYTES = 2**20  # far above any recipe: a data file given by mistake is not parsed
+MAX_BYTES = 2**20  # far above any recipe, so that a data file given by mistake is not parsed
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _read(path: Path) -> str:
             f"this is {kind}, not a file",
             code="recipe.not-a-file",
             where=where,
-            why="a run reads its recipe again when it resumes",
+            why="a run reads the recipe again when it resumes",
             fix="give the path of a recipe (YAML)",
         )
     try:
@@ -104,7 +104,7 @@ def _read(path: Path) -> str:
         ) from error
     except IsADirectoryError as error:
         raise RecipeError(
-            "this is a directory, not a recipe",
+            "this is a directory, not a recipe file",
             code="recipe.not-a-file",
             where=where,
             why="a command reads one recipe",
@@ -120,7 +120,7 @@ def _read(path: Path) -> str:
         ) from error
     if len(raw) > MAX_BYTES:
         raise RecipeError(
-            "the file is larger than 1 MiB, which is too large for a recipe",
+            "the file is larger than 1 MiB, too large for a recipe",
             code="recipe.too-large",
             where=where,
             why="it is probably a data file",
@@ -174,7 +174,7 @@ def _parse(text: str, path: Path) -> Document:
             f"this is a config of {tool}, not a recipe",
             code="recipe.foreign-file",
             where=str(path),
-            fix="write a recipe from a model and data files with `rpo-trainer init`"
+            fix="write a recipe with `rpo-trainer init`, from a model and data files"
             if tool == TORCHTUNE
             else f"convert it to a recipe: rpo-trainer convert {path}",
         )
@@ -185,7 +185,7 @@ def _parse(text: str, path: Path) -> Document:
         f"a recipe must be a mapping, got {kind}",
         code="recipe.not-a-mapping",
         where=f"{path}:1",
-        why="the top level of a recipe has named fields",
+        why="the top level of a recipe consists of fields",
         fix="start with `model:` and `stages:`, without indentation",
     )
 
@@ -196,7 +196,7 @@ def _repeated(entry: tuple[Key, int, int], origins: Origins) -> Located:
         f"the key `{key[-1]}` is repeated; it is first set on line {first}",
         code="recipe.repeated-key",
         where=f"{origins.file}:{line} ({origins.dotted(key)})",
-        why="keys of a mapping are unique",
+        why="the keys of a mapping must be unique",
         fix="keep one of the two",
     )
     return line, error

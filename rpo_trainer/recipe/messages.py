@@ -226,8 +226,16 @@ def _unknown_key(key: Key, origins: Origins) -> Words:
             return Words(what, fix, code="recipe.misplaced-key")
         if elsewhere:
             renamed = f", as `{ours}`" if ours != name else ""
-            what = f"`{name}` does not belong in {level}"
+            at = "in" if key[:-1] else "at the top level of"
+            what = f"`{name}` does not belong {at} {level}"
             fix = f"move it to {_listed(elsewhere[:3])}{renamed}"
+            override = origins.overrides.get(key, "").removeprefix("override ")
+            if (
+                override
+                and not key[:-1]
+                and all(place.startswith("a stage") for place in elsewhere)
+            ):
+                fix = f"write `stages.NAME.{override}`, with the name of {_listed(elsewhere)}{renamed}"
             return Words(what, fix, code="recipe.misplaced-key")
     if not key[:-1] and name in origins.stage_names():
         what = f"unknown field `{name}` in the recipe; `{name}` is a stage"

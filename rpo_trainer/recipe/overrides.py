@@ -20,7 +20,7 @@ from rpo_trainer.recipe.schema.stages import LENGTH_FIELDS
 from rpo_trainer.recipe.yaml_document import Key, YamlProblem, parse
 
 _WHY = "each argument after the recipe overrides one value"
-_WHY_PATH = "the parts of a key lead to a value of the recipe"
+_WHY_PATH = "a key is the path to a value of the recipe"
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _override(key: str, has_value: bool, text: str, word: str) -> Override:
     if not text:
         what, fix = "the value is missing", f"{example}; `null` removes a value"
         if not has_value and "." not in key:
-            what = "no such option, and no value for an override"
+            what = "not an option, and not an override, which needs a value"
             fix = f"see --help for the options, or {example}"
         raise RecipeError(what, code="option.missing-value", where=where, why=_WHY, fix=fix)
     try:
@@ -88,7 +88,7 @@ def apply_override(data: dict[str, Any], override: Override) -> Key:
     """Set the value in the raw recipe and return its key.
 
     Raises:
-        RecipeError: the key leads nowhere (no such stage, no such list element, a field of a number).
+        RecipeError: the key is not valid (no such stage, no such list element, a field of a number).
     """
     parts = _split(data, override)
     here: Any = data
@@ -190,7 +190,7 @@ def _stage_index(stages: Sequence[Any], part: str, override: Override) -> int:
         code="option.unknown-stage",
         where=override.where,
         why="an override changes an existing stage",
-        fix=f"use one of {known}"
+        fix=f"use {'one of ' * (len(names) > 1)}{known}"
         + f", or an index from 0 to {len(stages) - 1}" * (len(stages) > 1),
     )
 

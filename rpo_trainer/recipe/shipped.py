@@ -41,7 +41,7 @@ def text_of(name: str) -> str:
             code="option.unknown-recipe",
             where=str(folder()),
             why="only the recipes of the package can be printed by name",
-            fix="list them with `rpo-trainer recipes`",
+            fix="list the names with `rpo-trainer recipes`",
         )
     return (folder() / names[0]).read_text(encoding="utf-8")
 

@@ -14,9 +14,9 @@ from rpo_trainer.errors import RecipeError
 COLUMN = "chat_template_kwargs"
 Kwargs = Mapping[str, Any]
 
-_OF_ROWS = "it is set from the rows"
-_OF_TRAINING = "it is set by the trainer"
-_OF_TOKENIZER = "it is set by the tokenizer"
+_OF_ROWS = "the rows set it"
+_OF_TRAINING = "the trainer sets it"
+_OF_TOKENIZER = "the tokenizer sets it"
 # Arguments of transformers' `apply_chat_template`, and where each is set instead.
 RESERVED = {
     "messages": _OF_ROWS, "conversation": _OF_ROWS, "tools": _OF_ROWS,
@@ -24,9 +24,9 @@ RESERVED = {
     "tokenize": _OF_TRAINING, "return_dict": _OF_TRAINING, "return_tensors": _OF_TRAINING,
     "return_assistant_tokens_mask": _OF_TRAINING, "tokenizer_kwargs": _OF_TRAINING,
     "padding": _OF_TRAINING, "truncation": _OF_TRAINING, "max_length": _OF_TRAINING,
-    "sanitize_control_tokens": "it is set by `special_tokens` of the source",
-    "chat_template": "it is set by `chat_template` of the model",
-    "strftime_now": "chat templates get a fixed date, so that tokens do not change from day to day",
+    "sanitize_control_tokens": "`special_tokens` of the source sets it",
+    "chat_template": "`chat_template` of the model sets it",
+    "strftime_now": "chat templates get a fixed date, so that the tokens do not change every day",
     "bos_token": _OF_TOKENIZER, "eos_token": _OF_TOKENIZER, "pad_token": _OF_TOKENIZER,
     "unk_token": _OF_TOKENIZER, "sep_token": _OF_TOKENIZER, "cls_token": _OF_TOKENIZER,
     "mask_token": _OF_TOKENIZER,

@@ -93,7 +93,10 @@ def parse(text: str) -> Document:
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = int(mark.line) + 1 if mark else 1
-        what = f"not valid YAML: {error.problem or error.context}"
+        problem = str(error.problem or error.context)
+        if "<document start>" in problem:  # the words of ruamel for text after a complete value
+            problem = "text after the end of a value"
+        what = f"not valid YAML: {problem}"
         fix = f"check indentation, colons and quotes on line {at} and the lines before it"
         raise YamlProblem(what, line=at, fix=fix) from error
     except YAMLError as error:
@@ -121,7 +124,7 @@ class _PlainComposer(Composer):
                 "a second document starts here",
                 line=_line(event),
                 fix="remove the `---` and one of the documents",
-                why="a file has one recipe",
+                why="a file contains one recipe",
             )
         return root
 

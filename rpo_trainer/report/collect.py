@@ -187,7 +187,9 @@ def collect_run(run_dir: Path) -> RunResults:
     """
     if not (run_dir / CHAIN_FILE).is_file() and not (run_dir / METRICS_FILE).is_file():
         raise RunError(
-            "not a run directory: it has no chain.json and no metrics.jsonl",
+            "not a run directory: it has no chain.json and no metrics.jsonl"
+            if run_dir.is_dir()
+            else "no such run directory",
             code="run.not-a-run-directory",
             where=str(run_dir),
             fix="pass a directory written by `rpo-trainer run` (its --run-dir)",

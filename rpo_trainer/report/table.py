@@ -73,6 +73,7 @@ def comparison(run: RunResults) -> list[Column]:
         _wins(scores),
         _nll(stages),
         *_others(scores),
+        *_own_pairs(stages, scores),
         _measures(
             "reward_accuracy",
             "held-out pair accuracy",
@@ -242,6 +243,36 @@ def _nll(stages: Sequence[StageResults]) -> Column:
         curves = [stage.curve("eval_loss") if stage.kind == "sft" else None for stage in stages]
         measured = [Measure(curve.values[-1]) if curve else None for curve in curves]
     return _measures("nll", "held-out NLL, own data", "own\nNLL", measured, 3, best=None)
+
+
+def _own_pairs(stages: Sequence[StageResults], scores: Sequence[EvalScores]) -> list[Column]:
+    """Implicit reward gap and pair accuracy on the held-out pairs of each preference stage.
+
+    Each stage has its own pairs and reference model, so there is no best. Not shown next to figures of the
+    recipe's `eval`, which all stages share.
+    """
+    if any(score.others or score.main() for score in scores):
+        return []
+    columns = (
+        ("own_gap", "implicit reward gap, own held-out pairs", "gap", "eval_rewards/margins"),
+        (
+            "own_accuracy",
+            "pair accuracy, own held-out pairs",
+            "pair\naccuracy",
+            "eval_rewards/accuracies",
+        ),
+    )
+    return [
+        _measures(
+            key,
+            head,
+            brief,
+            [Measure(c.values[-1]) if (c := stage.curve(metric)) else None for stage in stages],
+            3,
+            best=None,
+        )
+        for key, head, brief, metric in columns
+    ]
 
 
 def _of_training(stages: Sequence[StageResults]) -> list[Column]:

@@ -27,6 +27,14 @@ UNLIMITED = 2**30
 _BAR = 30
 
 
+_KINDS: dict[Kind, str] = {
+    "sft": "rows for SFT",
+    "pair": "preference rows",
+    "rating": "rated responses",
+    "prompt": "prompts",
+}
+
+
 @dataclass
 class Findings:
     """The findings of an audit.
@@ -64,7 +72,7 @@ class Findings:
 
     def lines(self) -> list[str]:
         """Return the findings as lines of text."""
-        lines = [f"{self.name}: rows of kind {self.kind}", *self.audit.summary_lines()]
+        lines = [f"{self.name}: {_KINDS[self.kind]}", *self.audit.summary_lines()]
         lines += [f"fault: {fault}" for fault in self.faults]
         for what, value in self.length.items():
             if value is not None:

@@ -1,4 +1,4 @@
-"""A new recipe from a model and data files: the kinds of stages by the rows, lengths by the tokenizer."""
+"""Draft a new recipe from a model and data files: stage kinds from the rows, lengths from the tokenizer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.conversation import PROMPT_COLUMNS
 from rpo_trainer.data.detect import find_format, kind_of
+from rpo_trainer.data.duplicates import prompt_key
 from rpo_trainer.data.rows import Row
 from rpo_trainer.data.sources import load_source
 from rpo_trainer.errors import DataError, RecipeError
@@ -31,7 +32,8 @@ _LENGTH_STEP = 64
 _DEFAULT_LENGTH = 2048
 _UNLIMITED = 2**30
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-_STEPS = 20  # minimum number of optimizer steps per epoch, for small data sets
+_STEPS = 20  # optimizer steps of an epoch that a small data set should give, at least
+_EVAL_FRACTION = 0.05  # of the prompts, held out where no held-out rows are given
 _SFT_WEIGHT = {"dpo": 5e-3, "rpo": 1e-3}
 # Peak learning rates for full fine-tuning of a few billion weights, see docs/choosing.md; adapters take
 # about ten times as much.
@@ -41,7 +43,7 @@ _ADAPTER_FACTOR = 10
 
 @dataclass(frozen=True)
 class NewRecipe:
-    """The text of a recipe, and what was found for it, a line each."""
+    """The text of a recipe, and one line per finding about the data."""
 
     text: str
     facts: list[str]
@@ -49,7 +51,7 @@ class NewRecipe:
 
 @dataclass(frozen=True)
 class _Source:
-    """A data file: its source in the recipe, its rows, and what they are for."""
+    """A data file: its source in the recipe, its rows and their kind."""
 
     spec: dict[str, Any]
     rows: list[Row]
@@ -71,10 +73,12 @@ def new_recipe(
     kind: RecipeKind | None = None,
     lora: bool = False,
 ) -> NewRecipe:
-    """Return the recipe of one stage, or of SFT and a preference stage after it.
+    """Draft a recipe of one stage, or of SFT followed by a preference stage.
+
+    A stage without held-out rows holds out a fraction of its prompts, if it has enough of them.
 
     Args:
-        recipe: where it is to be written; its paths are relative to this file's directory.
+        recipe: path of the new recipe; its paths are relative to the directory of this file.
         model: directory or hub name.
         data: files or hub names of the training rows.
         held_out: files or hub names of held-out rows.
@@ -82,7 +86,7 @@ def new_recipe(
         lora: train an adapter.
 
     Raises:
-        DataError, Problems: the data cannot be read or is of no known format.
+        DataError, Problems: the data cannot be read, or its format is unknown.
         RecipeError: the rows do not fit `kind`.
         ModelError: `model` is a directory whose config or tokenizer cannot be used.
     """
@@ -100,24 +104,27 @@ def new_recipe(
         own = [source for source in sources if source.kind == row_kind]
         tested = [source for source in tests if source.kind == row_kind]
         key = ("stages", number)
-        _put_stage(draft, key, stage, own, tested, lora)
+        fraction = None if tested else _eval_fraction(own)
+        _put_stage(draft, key, stage, own, tested, fraction, lora)
         length, comment = _max_length(
             [row for s in own for row in s.rows], row_kind, tokenizer, limit
         )
         draft.put((*key, "max_length"), length, comment)
         facts.append(f"{stage}: max_length {length} ({comment})")
-    header = ["Written by `rpo-trainer init`. See docs/choosing.md for how to choose the values."]
+        if fraction is not None:
+            facts.append(
+                f"{stage}: eval_fraction {fraction} (no --eval: {fraction:.0%} of the prompts are held out)"
+            )
+        elif not tested:
+            facts.append(f"{stage}: no held-out rows (too few prompts); give them with --eval FILE")
+    header = ["Written by `rpo-trainer init`. docs/choosing.md explains how to choose the values."]
     text = draft.text(header)
     Recipe.model_validate(parse(text).data)
-    if not tests:
-        facts.append(
-            "no held-out rows: give --eval FILE to see the loss on rows that are not trained on"
-        )
     return NewRecipe(text, facts)
 
 
 def _read(path: str, kind: RecipeKind | None, paths: Paths) -> _Source:
-    """Read a data file, with the format that its columns match."""
+    """Read a data file and detect its format."""
     local = Path(path).expanduser()
     spec: dict[str, Any] = {"path": path}
     raw = load_source(SourceSpec.model_validate(spec), None, 0)
@@ -151,7 +158,7 @@ def _read(path: str, kind: RecipeKind | None, paths: Paths) -> _Source:
 
 
 def _stage_kinds(sources: Sequence[_Source], kind: RecipeKind | None) -> list[str]:
-    """Return the stages, in order.
+    """Return the kinds of the stages, in order.
 
     Raises RecipeError: the rows do not fit `kind`.
     """
@@ -162,14 +169,14 @@ def _stage_kinds(sources: Sequence[_Source], kind: RecipeKind | None) -> list[st
     if kind == "chain" and present != {"sft", "pair"}:
         lacking = "pairs (chosen and rejected)" if "pair" not in present else "conversations"
         raise RecipeError(
-            f"a chain needs conversations and pairs, but no file contains {lacking}",
+            f"a chain requires conversations and pairs, but no file has {lacking}",
             code="init.missing-data",
             where="--data",
-            fix="give a file of each with --data, or another --kind",
+            fix="give a file of each with --data, or choose another --kind",
         )
     if kind == "rpo" and not scored:
         raise RecipeError(
-            "some responses have no reward, which RPO requires",
+            "RPO requires a reward for every response, and some have none",
             code="init.missing-rewards",
             where="--data",
             fix="score the responses first (`rpo-trainer score`), or give --kind dpo",
@@ -185,14 +192,14 @@ def _check_held_out(tests: Sequence[_Source], kinds: Sequence[str]) -> None:
         where = f"--eval {source.spec['path']}"
         if ("sft" not in kinds) if source.kind == "sft" else (set(kinds) == {"sft"}):
             raise RecipeError(
-                f"no stage reads these rows: {source.comment}",
+                f"no stage uses these rows: {source.comment}",
                 code="init.unused-held-out",
                 where=where,
-                fix="give held-out rows of the same layout as --data",
+                fix="give held-out rows in the same layout as those of --data",
             )
         if source.kind == "pair" and "rpo" in kinds and not source.scored:
             raise RecipeError(
-                "some held-out responses have no reward, which RPO requires",
+                "RPO requires a reward for every held-out response, and some have none",
                 code="init.missing-rewards",
                 where=where,
                 fix="score the responses first (`rpo-trainer score`), or give --kind dpo",
@@ -202,19 +209,19 @@ def _check_held_out(tests: Sequence[_Source], kinds: Sequence[str]) -> None:
 def _put_model(
     draft: Draft, paths: Paths, model: str, sources: Sequence[_Source]
 ) -> tuple[PreTrainedTokenizerBase | None, int | None]:
-    """Write `model`; return the tokenizer of a local one, and its longest text in tokens."""
+    """Put `model`; return the tokenizer and the context length (tokens) of a local model."""
     folder = Path(model).expanduser()
     if not folder.exists() and model.startswith((".", "/", "~")):
         raise RecipeError(
             "no such directory",
             code="init.no-such-model",
             where=f"--model {model}",
-            fix="give a directory with config.json and safetensors, or a hub name",
+            fix="give a directory with config.json and safetensors files, or a hub name",
         )
     local = folder.is_dir()
     name = paths.converted(model)[0] if local else model
     draft.put(("model", "name_or_path"), name)
-    draft.put(("model", "dtype"), "auto", "bfloat16 on a GPU that has it, else float32")
+    draft.put(("model", "dtype"), "auto", "bfloat16 on a GPU that supports it, else float32")
     if not local:
         return None, None
     from rpo_trainer.models.loading import load_tokenizer, saved_config
@@ -225,7 +232,7 @@ def _put_model(
     tokenizer = load_tokenizer(ModelSpec.model_validate(own), Path())
     if tokenizer.chat_template is None and any(_is_messages(s.rows[0]) for s in sources):
         template = "chatml" if set(_CHATML_TOKENS) <= set(tokenizer.get_vocab()) else "plain"
-        draft.put(("model", "chat_template"), template, "the tokenizer has no chat template")
+        draft.put(("model", "chat_template"), template, "the tokenizer has none")
         spec = ModelSpec.model_validate(own | {"chat_template": template})
         tokenizer = load_tokenizer(spec, Path())
     return tokenizer, limit
@@ -241,14 +248,15 @@ def _put_stage(
     kind: str,
     train: Sequence[_Source],
     tests: Sequence[_Source],
+    fraction: float | None,
     lora: bool,
 ) -> None:
-    """Write one stage, all but its `max_length`."""
+    """Put one stage, except for its `max_length`."""
 
     def put(field: str, value: Any, comment: str = "") -> None:
         draft.put((*key, field), value, comment)
 
-    rows = sum(len(source.rows) for source in train)
+    rows = round(sum(len(source.rows) for source in train) * (1 - (fraction or 0)))
     batch = min(64, max(4, 2 ** int(np.log2(max(rows // _STEPS, 1)))))
     epochs = 2 if kind == "sft" else 1
     steps = -(-rows // batch) * epochs
@@ -259,17 +267,32 @@ def _put_stage(
         draft.comments[(*key, "data", "train", number, "path")] = source.comment
     if tests:
         draft.put((*key, "data", "eval"), [source.spec for source in tests])
+    elif fraction is not None:
+        comment = "fraction of the prompts to hold out for evaluation"
+        draft.put((*key, "data", "eval_fraction"), fraction, comment)
     if kind != "sft":
-        put("beta", 0.1, "strength of the KL penalty toward the reference model")
+        put("beta", 0.1, "larger values keep the policy closer to the reference model")
         if kind == "rpo":
             put("reward_scale", "auto", "η, fitted to the rewards of the training rows")
-        put("sft_loss_weight", _SFT_WEIGHT[kind], "keeps the chosen responses likely")
+        put(
+            "sft_loss_weight",
+            _SFT_WEIGHT[kind],
+            "weight of the SFT loss on the chosen responses, which keeps them likely",
+        )
     put("max_length", _DEFAULT_LENGTH)
-    put("global_batch_size", batch, "examples for each update, over all processes")
-    put("micro_batch_size", min(4, batch), "lower it if memory runs out; the result is the same")
-    put("num_train_epochs", epochs, f"{steps} steps")
+    put("global_batch_size", batch, "examples per optimizer step, over all processes")
+    put(
+        "micro_batch_size",
+        min(4, batch),
+        "affects memory and speed only; lower it if memory runs out",
+    )
+    put("num_train_epochs", epochs, f"about {steps} steps")
     rate = _RATES[kind] * (_ADAPTER_FACTOR if lora else 1)
-    put("learning_rate", float(f"{rate:.1e}"), "for an adapter" if lora else "for all weights")
+    put(
+        "learning_rate",
+        float(f"{rate:.1e}"),
+        "peak value, for LoRA" if lora else "peak value, for full fine-tuning",
+    )
     warmup = steps // 10
     if kind == "sft":
         put("lr_scheduler_type", "cosine")
@@ -277,15 +300,26 @@ def _put_stage(
         put("lr_scheduler_type", "constant_with_warmup")
     if warmup:
         put("warmup_steps", warmup)
-    put("gradient_checkpointing", True, "less memory, more time")
+    put("gradient_checkpointing", True, "saves memory, costs time")
     put("logging_steps", max(1, min(10, steps // 20)))
-    put(
-        "save_steps", max(1, min(200, steps // 4)), "a stopped run resumes from the last checkpoint"
-    )
-    if tests:
-        put("eval_steps", max(1, min(100, steps // 4)))
+    every = max(1, min(200, steps // 4))
+    put("save_steps", every, "a stopped run resumes from the last checkpoint")
+    if tests or fraction is not None:
+        put(
+            "eval_steps", max(1, min(100, steps // 4)), "the held-out rows are evaluated this often"
+        )
     if lora:
         put("peft", {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"})
+        comment = (
+            "final/ has the merged model, adapter/ the adapter; `keep`: final/ has the adapter"
+        )
+        draft.put((*key, "peft", "between_stages"), "merge", comment)
+
+
+def _eval_fraction(train: Sequence[_Source]) -> float | None:
+    """Return the fraction of the prompts to hold out; None: it is less than one prompt."""
+    prompts = {prompt_key(row) for source in train for row in source.rows}
+    return _EVAL_FRACTION if len(prompts) * _EVAL_FRACTION >= 1 else None
 
 
 def _max_length(
@@ -294,21 +328,21 @@ def _max_length(
     tokenizer: PreTrainedTokenizerBase | None,
     limit: int | None,
 ) -> tuple[int, str]:
-    """Return `max_length` for these rows, and a comment on its source."""
+    """Return `max_length` for these rows, and a comment on its origin."""
     if tokenizer is None:
-        return _DEFAULT_LENGTH, "the model is not a local directory: lengths were not measured"
+        return _DEFAULT_LENGTH, "not measured: the model is not a local directory"
     lengths = _lengths(rows[:: max(1, len(rows) // _MEASURED_ROWS)], kind, tokenizer)
     longest, most = int(lengths.max()), int(np.ceil(np.quantile(lengths, 0.99)))
     fitting = longest if longest <= 2 * most else most
     length = -(-fitting // _LENGTH_STEP) * _LENGTH_STEP
-    comment = f"99% of the rows have at most {most} tokens, the longest has {longest}"
+    comment = f"99% of the rows have at most {most} tokens; the longest has {longest}"
     if limit is not None and length > limit:
-        return limit, f"{comment}; the model supports {limit}"
+        return limit, f"{comment}; the context length of the model is {limit}"
     return length, comment
 
 
 def _lengths(rows: Sequence[Row], kind: _RowKind, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the number of tokens of prompt and longest response of each row: [rows] int."""
+    """Return the tokens of prompt and longest response of each row: [rows] int."""
     from rpo_trainer.data.tokenize import tokenize_rows
 
     examples = tokenize_rows(

@@ -38,7 +38,7 @@ def preview(
     Args:
         count: examples per stage, in addition to the longest.
         stage: name of the only stage to show; None: all. Data shared with an earlier stage is shown once.
-        colors: False: mark tokens in the text instead: `[trained]`, `⟨lost to max_length⟩`.
+        colors: False: mark tokens in the text instead: `[trained]`, `⟨beyond max_length⟩`.
 
     Raises:
         RecipeError: no such stage.
@@ -144,7 +144,7 @@ def _title(row: Row, note: str, tokens: int) -> str:
 
 
 def _head(example: Row, number: int, ids: Sequence[int], mask: Sequence[int], room: int) -> str:
-    said = f"response {number + 1}: {len(ids):,} tokens, {sum(mask):,} trained"
+    said = f"{_name(example, number)}: {len(ids):,} tokens, {sum(mask):,} trained"
     if len(ids) > room:
         said += f", {len(ids) - max(room, 0):,} beyond max_length"
     if example["rewards"] is not None:
@@ -152,6 +152,14 @@ def _head(example: Row, number: int, ids: Sequence[int], mask: Sequence[int], ro
     if example.get("attributes"):
         said += f", ratings {example['attributes']}"
     return said
+
+
+def _name(example: Row, number: int) -> str:
+    """Return the name of a response: the first of two is the chosen one."""
+    count = len(example["response_ids"])
+    if count == 2:
+        return ("chosen response", "rejected response")[number]
+    return "response" if count == 1 else f"response {number + 1}"
 
 
 def _lost_after(styles: list[str], room: int) -> list[str]:

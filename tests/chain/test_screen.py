@@ -25,7 +25,7 @@ _BAR = re.compile(r"[━╸╺]{10,}")
 # How the lines of a run begin; a wrapped one goes on after two spaces.
 _OWN = re.compile(
     r"\[\d/\d [\w-]+\] |  |step layout|step-0 check|CPU threads|\d+ CPU threads|\d+ of \d+ sampled"
-    r"|checking$|loss |run$|after |report: |code |general |dpo |rpo-\d |chain |all stages in "
+    r"|checking$|loss |run$|after |model: |report: |code |general |dpo |rpo-\d |chain |all stages in "
     r"|previous process of "
 )
 

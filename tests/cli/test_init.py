@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rpo_trainer.recipe import load_recipe
+from tests.chain import tiny
 from tests.cli.test_convert import call
 
 Row = dict[str, Any]
@@ -34,6 +35,10 @@ ROWS: dict[str, list[Row]] = {
     ],
     "orca": [
         {"system": "", "question": f"q{i}", "chosen": f"yes {i}", "rejected": f"no {i}"}
+        for i in range(24)
+    ],
+    "few": [
+        {"prompt": turns(f"q{i % 19}"), "chosen": f"yes {i}", "rejected": f"no {i}"}
         for i in range(24)
     ],
     "rated": [{"prompt": "q", "response": "a", "score": 1.0}],
@@ -117,7 +122,35 @@ def test_lora_and_held_out_rows(init: Any, tmp_path: Path) -> None:
     assert adapter.peft is not None and full.peft is None
     assert adapter.learning_rate == pytest.approx(10 * full.learning_rate)
     assert adapter.eval_steps is not None and len(adapter.data.eval) == 1
-    assert full.eval_steps is None
+    assert adapter.data.eval_fraction is None  # not both
+
+
+@pytest.mark.parametrize("name", ["conversations", "pairs", "scored"])
+def test_prompts_are_held_out_where_no_held_out_rows_are_given(
+    name: str, init: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert init(name) == 0
+    assert "eval_fraction" in capsys.readouterr().out
+    (stage,) = load_recipe(tmp_path / "new.yaml").recipe.stages
+    assert stage.data.eval_fraction == 0.05 and stage.eval_steps is not None
+    assert call("check", tmp_path / "new.yaml") == 0
+    assert f"{len(ROWS[name]) - 1} examples" in capsys.readouterr().out
+
+
+def test_every_stage_of_a_chain_has_held_out_rows(init: Any, tmp_path: Path) -> None:
+    assert init("conversations", "scored", more=["--eval", "scored.jsonl"]) == 0
+    sft, rpo = load_recipe(tmp_path / "new.yaml").recipe.stages
+    assert sft.data.eval_fraction == 0.05 and not sft.data.eval
+    assert rpo.data.eval_fraction is None and len(rpo.data.eval) == 1
+
+
+def test_a_few_prompts_are_all_trained_on(
+    init: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert init("few") == 0
+    assert "--eval" in capsys.readouterr().out
+    (stage,) = load_recipe(tmp_path / "new.yaml").recipe.stages
+    assert stage.data.eval_fraction is None and stage.eval_steps is None
 
 
 def test_orca_rows_are_named(init: Any, tmp_path: Path) -> None:
@@ -178,3 +211,6 @@ def test_the_recipe_checks_and_trains(
     run = tmp_path / "run"
     assert call("run", tmp_path / "new.yaml", "--run-dir", run, "--no-report", *short) == 0
     assert (run / "rpo" / "final" / "model.safetensors").is_file()
+    found = {name: record["eval"] for name, record in tiny.records(run).items()}
+    assert found["sft"]["nll"] > 0
+    assert found["rpo"].get("nll") is None  # its SFT term is another quantity

@@ -258,6 +258,26 @@ def test_a_config_that_does_not_train(convert: Convert) -> None:
         convert(LLAMA_FACTORY, dataset=None)
 
 
+@pytest.mark.parametrize(
+    ("values", "key", "changed"),
+    [
+        (LLAMA_FACTORY, "val_size", {}),
+        (LLAMA_FACTORY, "val_size", {"stage": "sft", "dataset": "chat"}),
+        (AXOLOTL, "val_set_size", {}),
+        (AXOLOTL, "val_set_size", {"rl": "dpo"}),
+    ],
+    ids=["llama-factory-dpo", "llama-factory-sft", "axolotl-sft", "axolotl-dpo"],
+)
+def test_a_validation_fraction_is_kept(
+    values: dict[str, Any], key: str, changed: dict[str, Any], convert: Convert
+) -> None:
+    converted = convert(values, **{key: 0.2}, **changed)
+    stage = stage_of(converted)
+    assert stage["kind"] == changed.get("rl", changed.get("stage", stage["kind"]))
+    assert stage["data"]["eval_fraction"] == 0.2
+    assert key not in keys(converted.left_out)
+
+
 # --- Axolotl ---
 
 

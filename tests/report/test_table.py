@@ -104,6 +104,18 @@ def test_own_held_out_loss_stands_in_for_a_missing_nll(make_run: Make, make_stag
     assert [cell.text for cell in cells(run)["nll"]] == ["1.500", "–", "–"]
 
 
+def test_pairs_that_a_stage_held_out_are_shown(make_run: Make, make_stage: Make) -> None:
+    metrics = [
+        {"stage": "dpo", "step": step, "eval_rewards/margins": gap, "eval_rewards/accuracies": 0.75}
+        for step, gap in ((1, 0.0), (2, 0.5))
+    ]
+    stages = [make_stage("dpo", "dpo", eval={})]
+    run_dir = make_run(stages=stages, metrics=metrics)
+    columns = cells(collect_run(run_dir))
+    assert (columns["own_gap"][0].text, columns["own_accuracy"][0].text) == ("0.500", "0.750")
+    assert "0.500" in printed(run_dir) and "loss" not in columns
+
+
 def test_markup_in_a_name_is_text(make_run: Make, make_stage: Make) -> None:
     run_dir = make_run(stages=[make_stage("[red]sft", "sft")], metrics=[])
     assert "[red]sft" in printed(run_dir)

@@ -619,7 +619,7 @@ def test_audit_shows_and_prints_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     held_out = write(tmp_path / "h.jsonl", PAIRS[:2])
     assert run("audit", data, "--against", held_out) == 0
     shown = capsys.readouterr().out
-    assert "p.jsonl: rows of kind pair" in shown
+    assert "p.jsonl: preference rows" in shown
     assert re.search(r"\b1 row.*again", shown)
     assert "2 of 2 eval rows" in shown
     assert run("audit", data, "--json") == 0

@@ -123,6 +123,6 @@ def test_a_preview_shows_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["preview", str(tmp_path / "recipe.yaml")])
     shown = capsys.readouterr().out
-    assert "response 1: 1 tokens, 1 trained" in shown
-    assert "response 2: 3 tokens, 3 trained" in shown
+    assert "chosen response: 1 tokens, 1 trained" in shown
+    assert "rejected response: 3 tokens, 3 trained" in shown
     assert "1 of 2 responses" in shown

@@ -58,8 +58,8 @@ def test_the_response_is_trained_and_the_prompt_is_not(tmp_path: Path) -> None:
     assert all(len(text) > len(w) for text, w in zip(responses, ("3", "41"), strict=True))  # end
     text = plain(lines)
     assert "prompt of 14 tokens" in text
-    assert "response 1: 2 tokens, 2 trained, reward 5" in text
-    assert "response 2: 3 tokens, 3 trained, reward 0.5" in text
+    assert "chosen response: 2 tokens, 2 trained, reward 5" in text
+    assert "rejected response: 3 tokens, 3 trained, reward 0.5" in text
 
 
 @pytest.mark.parametrize("colors", [True, False])

@@ -22,21 +22,21 @@ class LoraNames(NamedTuple):
     rslora: str
     dora: str
     default_rank: int | None
-    alpha_of_rank: int  # the default of alpha is this times the rank; 0: a number of its own
+    alpha_of_rank: int  # the default of alpha is this times the rank; 0: `default_alpha`
     default_alpha: int = 16
 
 
 def put_lora(
     config: ForeignConfig, draft: Draft, stage: Key, names: LoraNames, *, all_linear: str = ""
 ) -> None:
-    """Put `peft`.
+    """Set `peft` of the stage.
 
     Args:
         config: the file, whose method is LoRA or QLoRA.
-        draft: the recipe.
+        draft: the new recipe.
         stage: the stage's key.
-        names: of the tool.
-        all_linear: the key of a switch that adapts all linear layers.
+        names: names of the tool.
+        all_linear: key of the switch that adapts all linear layers.
     """
 
     def put(field: str, value: Any, comment: str) -> None:

@@ -1,4 +1,4 @@
-"""`transformers.TrainingArguments`, as LLaMA-Factory, Axolotl and TRL use them, → fields of a stage."""
+"""Convert `transformers.TrainingArguments` of LLaMA-Factory, Axolotl and TRL to fields of a stage."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from rpo_trainer.recipe.convert.draft import Draft
 from rpo_trainer.recipe.convert.foreign_config import ForeignConfig, reasons
 from rpo_trainer.recipe.yaml_document import Key
 
-_COUNTED_BYTES = 2**30  # a larger file is not read for the number of its rows
+_COUNTED_BYTES = 2**30  # the rows of larger files are not counted
 # Fields of a stage with the same meaning and name.
 _SAME = ("weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm")
-# What `training_args` of a stage takes as it is.
+# Passed to `training_args` of a stage unchanged.
 PASSED = (
     "adam_epsilon", "lr_scheduler_kwargs", "optim_args", "tf32", "dataloader_num_workers",
     "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent_workers",
@@ -38,33 +38,33 @@ _EXTERNAL_OPTIMIZERS = (
 
 NOT_NEEDED = reasons(
     [
-        ("a stage always trains, and evaluates where it has held-out data",
+        ("a stage always trains, and evaluates if it has held-out data",
          ("do_train", "do_eval", "do_predict")),
-        ("a run resumes when its command is repeated",
+        ("repeating the command resumes the run",
          ("resume_from_checkpoint", "auto_resume_from_checkpoints", "overwrite_output_dir")),
-        ("rows are packed without padding wherever the model allows it",
+        ("rows are packed without padding if the model supports it",
          ("packing", "neat_packing", "sample_packing", "eval_sample_packing", "eval_packing",
           "padding_free", "packing_strategy", "pad_to_sequence_len", "pad_to_multiple_of",
           "multipack_real_batches", "batch_flattening", "group_by_length")),
-        ("the attention implementation is chosen by the packed layout",
+        ("the attention implementation is chosen automatically for packed rows",
          ("flash_attn", "flash_attention", "sdp_attention", "xformers_attention", "eager_attention",
           "flex_attention", "attn_implementation")),
-        ("logits are never held in memory, with or without these kernels",
+        ("the full logits matrix is never built, with or without these kernels",
          ("enable_liger_kernel", "use_liger_kernel", "use_liger", "unsloth_cross_entropy_loss",
           "plugins", "liger_rope", "liger_rms_norm", "liger_glu_activation",
           "liger_fused_linear_cross_entropy", "lora_mlp_kernel", "lora_qkv_kernel",
           "lora_o_kernel")),
-        ("reference log-probs are always computed once, before training, and kept",
+        ("reference log-probs are always computed once, before training, and cached",
          ("precompute_ref_log_probs", "precompute_ref_batch_size")),
-        ("tokenized data is kept and reused by content",
+        ("tokenized data is cached by content",
          ("overwrite_cache", "dataset_prepared_path", "tokenized_path", "preprocessing_batch_size",
           "dataset_keep_in_memory")),
         ("the number of processes for tokenization is chosen automatically",
          ("preprocessing_num_workers", "dataset_processes", "dataset_num_proc")),
-        ("the report of a run draws the loss curves", ("plot_loss", "logging_dir")),
-        ("the columns of the data are read as they are", ("remove_unused_columns", "strict")),
-        ("progress bars follow the terminal", ("disable_tqdm",)),
-        ("each process finds its rank in the environment", ("local_rank", "ddp", "world_size")),
+        ("the report of a run has the loss curves", ("plot_loss", "logging_dir")),
+        ("only the columns of the data format are read", ("remove_unused_columns", "strict")),
+        ("progress bars are shown in a terminal only", ("disable_tqdm",)),
+        ("the launcher sets the rank of each process", ("local_rank", "ddp", "world_size")),
     ]
 )  # fmt: skip
 LEFT_OUT = reasons(
@@ -72,12 +72,12 @@ LEFT_OUT = reasons(
         ("start the run with `accelerate launch`; `rpo-trainer recipes` lists configurations for "
          "DeepSpeed and FSDP2",
          ("deepspeed", "fsdp", "fsdp_config", "fsdp_version", "fsdp_final_state_dict_type", "ddp_backend")),
-        ("the output of a stage is its last weights; add it under `training_args` with `eval_steps` and "
-         "`save_steps` to change that",
+        ("a stage delivers its last weights; to change that, set it under `training_args`, with "
+         "`eval_steps` and `save_steps`",
          ("load_best_model_at_end", "metric_for_best_model", "greater_is_better",
           "early_stopping_patience", "early_stopping_steps")),
-        ("checkpoints hold the optimizer, so that a run can resume", ("save_only_model",)),
-        ("data sets are read whole, not streamed", ("streaming", "buffer_size")),
+        ("checkpoints always contain the optimizer state, so that a run can resume", ("save_only_model",)),
+        ("datasets are not streamed", ("streaming", "buffer_size")),
         ("8-bit weights are not supported; use `peft: {quantization: nf4}`", ("load_in_8bit",)),
         ("sequence, context and tensor parallelism are not supported",
          ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size",
@@ -89,7 +89,7 @@ LEFT_OUT = reasons(
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a tool takes for arguments that its file does not give, as far as a recipe's default differs."""
+    """Default values of a tool, where they differ from those of a recipe."""
 
     learning_rate: float | None
     epochs: float = 3.0
@@ -102,15 +102,15 @@ class Defaults:
 
 @dataclass
 class Arguments:
-    """Converts the training arguments of one file into the fields of its stage.
+    """Convert the training arguments of one file into the fields of its stage.
 
     Attributes:
         config: the file.
-        draft: the recipe.
+        draft: the new recipe.
         stage: the stage's key.
-        defaults: the tool's own.
-        devices: the number of GPUs that the file was used with; None: it was not said.
-        names: the tool's name for a field of `TrainingArguments`, where it is another.
+        defaults: default values of the tool.
+        devices: the number of GPUs that the file was used with; None: unknown.
+        names: the tool's names of fields of `TrainingArguments`, where they differ.
     """
 
     config: ForeignConfig
@@ -121,11 +121,11 @@ class Arguments:
     names: Mapping[str, str] = field(default_factory=dict)
 
     def convert(self, files: list[Path | None], *, sft: bool) -> None:
-        """Put all of them.
+        """Set all fields.
 
         Args:
-            files: the training files; None for each source whose rows cannot be counted.
-            sft: NEFTune's noise is for SFT alone.
+            files: the training files; None for a source whose rows cannot be counted.
+            sft: the stage is SFT, which alone supports NEFTune.
         """
         self._batches()
         self._length()
@@ -151,7 +151,7 @@ class Arguments:
         return self.config.number(self._name(argument), default)
 
     def _source(self, argument: str) -> str:
-        """The comment of a value: the key it comes from, or that it is the tool's default."""
+        """Return the comment of a value: its key in the file, or `default of TOOL`."""
         return self._name(argument) if self._given(argument) else f"default of {self.config.tool}"
 
     def _batches(self) -> None:
@@ -159,7 +159,7 @@ class Arguments:
         steps = self.config.take("gradient_accumulation_steps", 1)
         if isinstance(steps, str):  # "auto" of DeepSpeed
             self.config.differs(
-                "gradient_accumulation_steps", "taken as 1; set `global_batch_size`"
+                "gradient_accumulation_steps", "assumed to be 1; check `global_batch_size`"
             )
             steps = 1
         devices = self.devices or 1
@@ -174,8 +174,8 @@ class Arguments:
         if self.devices is None:
             self.config.differs(
                 "gradient_accumulation_steps",
-                f"`global_batch_size` is {int(micro) * int(steps)}, for one GPU: the file does not say how "
-                "many there were; for more give --devices N",
+                f"`global_batch_size` is {int(micro) * int(steps)}, which assumes one GPU; for more, "
+                "convert with --devices N",
             )  # fmt: skip
 
     def _length(self) -> None:
@@ -197,14 +197,14 @@ class Arguments:
         name = self._name("optim")
         optim = str(self.config.take(name, self.defaults.optim))
         if any(word in optim for word in _EXTERNAL_OPTIMIZERS):
-            self.config.leave_out(name, f"`{optim}` is not offered; AdamW is used")
+            self.config.leave_out(name, f"`{optim}` is not supported; AdamW is used")
         elif optim != "adamw_torch":
             self._put("optim", optim, self._source("optim"))
         if self.config.take("gradient_checkpointing", self.defaults.gradient_checkpointing):
             self._put("gradient_checkpointing", True, self._source("gradient_checkpointing"))
 
     def _steps(self, files: list[Path | None]) -> tuple[int, str] | None:
-        """Optimizer steps of the stage, and how they were counted; None: the rows are not known."""
+        """Return the optimizer steps of the stage and how they were counted; None if the rows are unknown."""
         draft, stage = self.draft, self.stage
         if (steps := draft.get((*stage, "max_steps"))) is not None:
             return steps, f"of {steps} steps"
@@ -248,17 +248,17 @@ class Arguments:
             if steps is None:
                 config.differs(
                     "warmup_steps",
-                    "Axolotl warms up over 3 % of the steps (at most 100), this recipe not",
+                    "Axolotl warms up over 3% of the steps (at most 100); this recipe has no warmup",
                 )
                 return 0, ""
             found = min(int(0.03 * steps[0]), 100)
-            return found, f"default of Axolotl: 3 % {steps[1]}, at most 100"
+            return found, f"default of Axolotl: 3% {steps[1]}, at most 100"
         if ratio == 0:
             return 0, ""
         if steps is None:
             config.leave_out(
                 key,
-                "the rows could not be counted here; set `warmup_steps` to this part of the steps",
+                "the rows could not be counted; set `warmup_steps` to this fraction of the steps",
             )
             return 0, ""
         return math.ceil(ratio * steps[0]), f"{key} {ratio:g} {steps[1]}"
@@ -272,7 +272,9 @@ class Arguments:
         if steps is not None and steps >= 1 and strategy == "steps":
             self._put("save_steps", int(steps), self._source("save_steps"))
         elif strategy != "steps" and strategy not in ("no", "False"):
-            config.leave_out("save_strategy", "checkpoints are written by `save_steps` alone")
+            config.leave_out(
+                "save_strategy", "set `save_steps`; there is no other schedule of checkpoints"
+            )
         elif steps is not None and 0 < steps < 1:
             config.leave_out("save_steps", "`save_steps` is a number of steps, not a fraction")
         if config.has("save_total_limit"):
@@ -283,14 +285,14 @@ class Arguments:
             self._put("logging_steps", max(int(logging), 1), "logging_steps")
 
     def _evaluation(self) -> None:
-        """`eval_steps`, where the stage has held-out data."""
+        """Set `eval_steps` if the stage has held-out data."""
         config, data = self.config, (*self.stage, "data")
         key = "evaluation_strategy" if config.has("evaluation_strategy") else "eval_strategy"
         strategy = str(config.take(key, "steps" if config.has("eval_steps") else "no"))
         steps = config.number("eval_steps")
         held_out = self.draft.get((*data, "eval")) or self.draft.get((*data, "eval_fraction"))
         if strategy == "epoch":
-            config.leave_out(key, "evaluations are set by `eval_steps` alone")
+            config.leave_out(key, "set `eval_steps`; there is no other schedule of evaluations")
         elif strategy == "steps" and held_out and (steps is None or steps >= 1):
             logging = self.draft.get((*self.stage, "logging_steps")) or 10
             self._put(
@@ -302,7 +304,7 @@ class Arguments:
             config.leave_out("eval_steps", "the stage has no held-out data")
 
     def _per_epoch(self, steps: int) -> None:
-        """`save_steps` and `eval_steps` of Axolotl's counts per epoch."""
+        """Set `save_steps` and `eval_steps` from Axolotl's counts per epoch."""
         epochs = self.draft.get((*self.stage, "num_train_epochs"))
         data = (*self.stage, "data")
         held_out = self.draft.get((*data, "eval")) or self.draft.get((*data, "eval_fraction"))
@@ -323,7 +325,10 @@ class Arguments:
             self.draft.put(("seed",), int(config.number("seed")), "seed")
         if config.has("output_dir"):
             self.draft.put(("run_dir",), str(config.take("output_dir")), "output_dir")
-            config.differs("output_dir", "relative to the recipe, and new: it is the run directory")
+            config.differs(
+                "output_dir",
+                "used as the run directory, relative to the recipe; it must be new or empty",
+            )
         trackers = [
             name for name in config.names("report_to") if name not in ("none", "all", "False")
         ]
@@ -347,13 +352,13 @@ class Arguments:
 
 
 def put_dtype(config: ForeignConfig, draft: Draft, default: str, reason: str) -> None:
-    """`model.dtype` from `bf16` and `fp16`.
+    """Set `model.dtype` from `bf16` and `fp16`.
 
     Args:
         config: the file.
-        draft: the recipe.
-        default: the dtype where neither is given.
-        reason: the comment for it.
+        draft: the new recipe.
+        default: the dtype if neither is given.
+        reason: the comment on the default.
     """
     given = {name: config.take(name) for name in ("bf16", "fp16")}
     if given["bf16"] == "auto":
@@ -369,7 +374,7 @@ def put_dtype(config: ForeignConfig, draft: Draft, default: str, reason: str) ->
 
 
 def count_rows(file: Path) -> int | None:
-    """The number of rows of a JSON file or of JSON lines; None: it cannot be counted cheaply."""
+    """Return the number of rows of a JSON or JSON lines file; None if it cannot be counted cheaply."""
     try:
         if not file.is_file() or file.stat().st_size > _COUNTED_BYTES:
             return None

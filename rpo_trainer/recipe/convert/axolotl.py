@@ -1,4 +1,4 @@
-"""Axolotl YAML → a recipe of one stage."""
+"""Convert Axolotl YAML to a recipe of one stage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _INSTEAD = {
     "kto": "pair a good response with a bad one for each prompt, and use `rl: dpo`",
     "orpo": "use `rl: dpo` with `rpo_alpha`, which needs a reference model",
     "simpo": "use `rl: dpo`; `average_logps: true` in the recipe normalizes by length",
-    "grpo": "use an rpo stage with `generate` and `score`, which samples responses and learns from their "
+    "grpo": "use an rpo stage with `generate` and `score`, which samples responses and trains on their "
     "rewards",
 }
 _NAMES = {
@@ -45,54 +45,54 @@ _DEFAULTS = Defaults(
 _TEMPLATES = {"chatml": "chatml"}
 _NOT_NEEDED = NOT_NEEDED | reasons(
     [
-        ("the model's config says it",
+        ("set by the model's config",
          ("model_type", "tokenizer_type", "is_llama_derived_model", "is_mistral_derived_model",
           "is_falcon_derived_model", "is_qwen_derived_model", "tokenizer_use_fast", "tokenizer_legacy",
           "base_model_ignore_patterns")),
-        ("every epoch is a new permutation", ("shuffle_merged_datasets", "sample_packing_sequentially",
+        ("every epoch has a new permutation", ("shuffle_merged_datasets", "sample_packing_sequentially",
          "sample_packing_group_size", "sample_packing_bin_size")),
-        ("a run stops at a loss that is not finite (`on_nonfinite`)",
+        ("a run stops at a non-finite loss (`on_nonfinite`)",
          ("loss_watchdog_threshold", "loss_watchdog_patience")),
-        ("the end of a turn is found in the chat template", ("eot_tokens",)),
-        ("the device and memory of the weights follow from the launch",
+        ("the end of a turn is detected in the chat template", ("eot_tokens",)),
+        ("device placement follows from the launcher",
          ("lora_on_cpu", "qlora_sharded_model_loading",
          "low_cpu_mem_usage", "device_map", "gpu_memory_limit", "max_memory")),
-        ("the kernels are torch's", ("flash_attn_cross_entropy", "flash_attn_rms_norm",
+        ("torch's kernels are used", ("flash_attn_cross_entropy", "flash_attn_rms_norm",
          "flash_attn_fuse_qkv", "flash_attn_fuse_mlp", "unsloth_lora_mlp", "unsloth_lora_qkv",
          "unsloth_lora_o", "cut_cross_entropy", "lora_embedding_kernel")),
-        ("samples of an evaluation are `eval: {data, generate, score}`",
+        ("to sample responses in an evaluation, use `eval: {data, generate, score}`",
          ("eval_table_size", "eval_max_new_tokens")),
     ]
 )  # fmt: skip
 _LEFT_OUT = LEFT_OUT | reasons(
     [
-        ("merge the adapter into the model first, and give the merged model", ("lora_model_dir",)),
-        ("an adapter is always trained at one learning rate",
+        ("merge the adapter into the model first, and use the merged model", ("lora_model_dir",)),
+        ("an adapter has one learning rate",
          ("loraplus_lr_ratio", "loraplus_lr_embedding", "lr_groups", "embedding_lr", "embedding_lr_scale")),
-        ("the prompt is never trained", ("train_on_inputs",)),
+        ("prompts are never trained", ("train_on_inputs",)),
         ("set them in the tokenizer's files", ("special_tokens", "tokens", "added_tokens_overrides")),
-        ("put it into the rows as a system turn", ("default_system_message",)),
-        ("set `save_steps`: the steps of an epoch divided by this", ("saves_per_epoch",)),
-        ("set `eval_steps`: the steps of an epoch divided by this", ("evals_per_epoch",)),
+        ("add it to the rows as a system turn", ("default_system_message",)),
+        ("set `save_steps` to the steps of an epoch divided by this", ("saves_per_epoch",)),
+        ("set `eval_steps` to the steps of an epoch divided by this", ("evals_per_epoch",)),
         ("set it in the environment of the run (WANDB_PROJECT, WANDB_ENTITY, WANDB_RUN_ID, ...)",
          ("wandb_entity", "wandb_watch", "wandb_run_id", "wandb_log_model", "wandb_mode")),
         ("weights stay float32 with autocast", ("bfloat16", "float16", "fp8")),
-        ("set the model's config.json",
+        ("set it in the model's config.json",
          ("overrides_of_model_config", "rope_scaling", "s2_attention", "use_pose")),
-        ("ReLoRA, LISA, QAT and distillation are not offered",
+        ("ReLoRA, LISA, QAT and distillation are not supported",
          ("relora", "relora_steps", "relora_prune_ratio", "lisa_n_layers", "qat", "quantization",
           "kd_trainer")),
-        ("all weights, or an adapter, are trained", ("unfrozen_parameters",)),
-        ("length bounds other than `max_length` are not offered", ("min_sample_len", "max_prompt_len")),
-        ("other terms of the loss are not offered", ("dpo_use_weighting", "dpo_norm_loss", "orpo_alpha",
+        ("a stage trains all weights or an adapter", ("unfrozen_parameters",)),
+        ("length bounds other than `max_length` are not supported", ("min_sample_len", "max_prompt_len")),
+        ("other terms of the loss are not supported", ("dpo_use_weighting", "dpo_norm_loss", "orpo_alpha",
          "cpo_alpha", "simpo_gamma", "kto_desirable_weight", "kto_undesirable_weight")),
         ("responses are sampled by `data.generate`, not by vLLM in the trainer", ("trl", "vllm")),
-        ("bitsandbytes' NF4 with its defaults alone is offered",
+        ("only bitsandbytes' NF4 with its defaults is supported",
          ("bnb_config_kwargs", "gptq", "loftq_config")),
-        ("these fields of `peft.LoraConfig` can be given under `peft`",
+        ("set these fields of `peft.LoraConfig` under `peft`",
          ("peft", "peft_layers_to_transform", "peft_layers_pattern", "peft_init_lora_weights",
           "peft_layer_replication", "lora_fan_in_fan_out", "lora_target_parameters")),
-        ("the schedule of transformers has no such bound; use `lr_scheduler_kwargs` of `training_args`",
+        ("transformers' schedule does not have it; see `lr_scheduler_kwargs` under `training_args`",
          ("cosine_min_lr_ratio", "cosine_constant_lr_ratio", "lr_quadratic_warmup")),
     ]
 )  # fmt: skip
@@ -102,7 +102,7 @@ def convert_axolotl(config: ForeignConfig, paths: Paths, draft: Draft, devices: 
     """Fill the draft from an Axolotl config.
 
     Raises:
-        RecipeError: the config does not train, or its method has no counterpart.
+        RecipeError: the config is not for training, or its method has no counterpart.
     """
     kind, loss = _kind(config)
     _model(config, paths, draft)
@@ -135,13 +135,13 @@ def convert_axolotl(config: ForeignConfig, paths: Paths, draft: Draft, devices: 
 
 
 def _kind(config: ForeignConfig) -> tuple[str, str]:
-    """The kind of stage, and the preference loss of `rl`."""
+    """Return the kind of stage, and the preference loss of `rl`."""
     rl = config.take("rl")
     if config.has("processor_type"):
         raise config.unsupported(
             "processor_type",
             "training on images, video or audio",
-            "use a text model and rows of text",
+            "use a text model and text rows",
         )
     if config.has("pretraining_dataset"):
         raise config.unsupported(
@@ -175,10 +175,10 @@ def _model(config: ForeignConfig, paths: Paths, draft: Draft) -> None:
     path, known = paths.converted(str(config.take("base_model")))
     draft.put(("model", "name_or_path"), path, "base_model")
     if not known:
-        config.differs("base_model", "no such directory was found; correct the path")
+        config.differs("base_model", "not found; correct the path")
     named = config.take("base_model_config")
     if named is not None and named != config.data["base_model"]:
-        config.leave_out("base_model_config", "the config comes from the model's directory")
+        config.leave_out("base_model_config", "the config of the model is used")
     if config.has("tokenizer_config"):
         tokenizer, _ = paths.converted(str(config.take("tokenizer_config")))
         draft.put(("model", "tokenizer"), tokenizer, "tokenizer_config")
@@ -219,7 +219,10 @@ def _data(config: ForeignConfig, paths: Paths, draft: Draft, kind: str) -> list[
     if 0 < size < 1:
         draft.put((*STAGE, "data", "eval_fraction"), float(size), "val_set_size")
     elif size >= 1:
-        config.leave_out("val_set_size", "held-out rows are a fraction: set `data.eval_fraction`")
+        config.leave_out(
+            "val_set_size",
+            "a number of rows; set `data.eval_fraction`, a fraction of the prompts, in its place",
+        )
     return files
 
 
@@ -239,11 +242,11 @@ def _preference(config: ForeignConfig, draft: Draft, loss: str) -> None:
 
 
 def _batch_size(config: ForeignConfig) -> None:
-    """`batch_size`, the older way to give the accumulation."""
+    """`batch_size`, the older name of the accumulated batch."""
     if not config.has("batch_size"):
         return
     if config.has("gradient_accumulation_steps"):
-        config.leave_out("batch_size", "`gradient_accumulation_steps` is given too, and is used")
+        config.leave_out("batch_size", "`gradient_accumulation_steps` takes precedence")
         return
     total = int(config.number("batch_size"))
     micro = int(config.number("micro_batch_size", 1))
@@ -264,7 +267,7 @@ def _trackers(config: ForeignConfig, draft: Draft) -> None:
             named = [key for key in used if not key.startswith("use_")]
             for key in named:
                 config.differs(
-                    key, "the recipe names the tracker; set this in the environment of the run"
+                    key, "`report_to` names the tracker; set this in the environment of the run"
                 )
     if trackers:
         value = trackers if len(trackers) > 1 else trackers[0]

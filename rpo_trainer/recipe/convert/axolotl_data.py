@@ -1,4 +1,4 @@
-"""Axolotl's `datasets` → sources of a recipe."""
+"""Convert Axolotl's `datasets` to sources of a recipe."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ _USER_FIELDS = {
 }  # fmt: skip
 _LEFT_OUT = reasons(
     [
-        ("a configuration of a hub data set cannot be chosen; save it to a file", ("name",)),
-        ("a revision of a hub data set cannot be chosen; save it to a file", ("revision",)),
-        ("use `max_rows` for a part of the rows", ("shards", "shards_idx", "preprocess_shards")),
-        ("only assistant turns are trained; give `weight: 0` to those that must not be",
+        ("configurations of hub datasets cannot be selected; save the rows to a file", ("name",)),
+        ("revisions of hub datasets cannot be selected; save the rows to a file", ("revision",)),
+        ("use `max_rows` to select a part of the rows", ("shards", "shards_idx", "preprocess_shards")),
+        ("only assistant turns are trained; set `weight: 0` on turns to exclude",
          ("roles_to_train", "message_field_training", "message_field_training_detail", "train_on_eos")),
         ("the chat template of `model` is used for every source",
          ("chat_template", "chat_template_jinja", "conversation", "eot_tokens")),
         ("rename the keys in the rows", ("field_thinking", "template_thinking_key", "field_tools")),
         ("remove the system turns from the rows", ("drop_system_message",)),
-        ("code of a data set is never run", ("trust_remote_code",)),
+        ("dataset scripts are never run", ("trust_remote_code",)),
     ]
 )  # fmt: skip
 
@@ -61,7 +61,7 @@ _LEFT_OUT = reasons(
 def convert_sources(
     config: ForeignConfig, key: str, paths: Paths, *, pairs: bool
 ) -> tuple[list[dict[str, Any]], list[Path | None]]:
-    """The sources of `datasets` or `test_datasets`, and the local file of each."""
+    """Return the sources of `datasets` or `test_datasets`, and the local file of each."""
     given = config.take(key, [])
     found: list[dict[str, Any]] = []
     files: list[Path | None] = []
@@ -77,7 +77,7 @@ def convert_sources(
 
 
 def _places(entry: ForeignConfig, paths: Paths) -> list[tuple[dict[str, Any], Path | None]]:
-    """`path` and `split` of each source that an entry stands for."""
+    """Return `path` and `split` of each source of an entry."""
     path, split = str(entry.take("path", "")), entry.take("split")
     named = entry.names("data_files")
     kind = entry.take("ds_type")
@@ -89,9 +89,9 @@ def _places(entry: ForeignConfig, paths: Paths) -> list[tuple[dict[str, Any], Pa
             file = paths.find(f"{path}/{name}")
         if file is not None:
             if not file.is_dir() and not file.name.endswith(_SUFFIXES):
-                entry.leave_out("path", f"files are read by their suffix ({', '.join(_SUFFIXES)})")
+                entry.leave_out("path", f"files must have a known suffix ({', '.join(_SUFFIXES)})")
             elif file.is_dir() and not any(file.glob("*.json")):
-                entry.differs("path", "name each file of the directory as a source of its own")
+                entry.differs("path", "list each file of the directory as a source")
             if split not in (None, _SPLIT_OF_FILES) and not file.is_dir():
                 entry.leave_out("split", "a file has no splits")
             found.append(({"path": paths.of_recipe(file)}, file))
@@ -114,10 +114,10 @@ def _form(entry: ForeignConfig, pairs: bool) -> dict[str, Any]:
     name, _, rest = text.replace(":", ".").partition(".")
     if name not in _SFT:
         if kind is None:
-            entry.leave_out("type", "rows of token ids (no `type`) are not read; give rows of text")
+            entry.leave_out("type", "tokenized rows (no `type`) are not supported; use text")
         else:
             entry.leave_out(
-                "type", "the format is found from the columns; see `format` in docs/data.md"
+                "type", "the format is detected from the columns; see `format` in docs/data.md"
             )
         return {}
     form, columns = _SFT[name][0], dict(_SFT[name][1])
@@ -140,7 +140,7 @@ def _form(entry: ForeignConfig, pairs: bool) -> dict[str, Any]:
 
 
 def _message_keys(entry: ForeignConfig) -> None:
-    """Report keys and roles of messages that are not read."""
+    """Report unsupported keys and roles of messages."""
     mapping = entry.take("message_property_mappings", {})
     keys = dict(mapping) if isinstance(mapping, Mapping) else {}
     for field, name in (("role", "message_field_role"), ("content", "message_field_content")):
@@ -151,7 +151,7 @@ def _message_keys(entry: ForeignConfig) -> None:
         if theirs not in usual.get(field, (field,)):
             entry.leave_out(
                 "message_property_mappings",
-                f"`{field}` is read as it is called: rename `{theirs}` in the rows",
+                f"rename `{theirs}` to `{field}` in the rows",
             )
     roles = entry.take("roles", {})
     known = {
@@ -169,7 +169,7 @@ def _pair_form(entry: ForeignConfig, text: str) -> dict[str, Any]:
     if name not in _PAIRS:
         if text and name != "chat_template" and "bradley_terry" not in text:
             entry.leave_out(
-                "type", "the format is found from the columns; see `format` in docs/data.md"
+                "type", "the format is detected from the columns; see `format` in docs/data.md"
             )
             return {}
         name = "default"
@@ -196,7 +196,7 @@ def _user_defined(entry: ForeignConfig, kind: Mapping[str, Any], pairs: bool) ->
         dict.fromkeys(
             ("format", "no_input_format", "system_format", "prompt_format", "chosen_format",
              "rejected_format", "system_prompt"),
-            "the chat template renders the rows; write other texts into the rows",
+            "the chat template renders the rows; add other text to the rows",
         )
     )  # fmt: skip
     return {"format": "pairs" if pairs else "alpaca"} | ({"columns": columns} if columns else {})

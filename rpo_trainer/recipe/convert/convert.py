@@ -1,4 +1,4 @@
-"""A config file of another tool → the text of a valid recipe, and what was left out."""
+"""Convert a config file of another tool to the text of a valid recipe, and list what was not converted."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _CONVERTED = f"{LLAMA_FACTORY}, {AXOLOTL} and {TRL}"
 
 @dataclass(frozen=True)
 class Converted:
-    """A recipe made of another tool's file.
+    """A recipe converted from a file of another tool.
 
     Attributes:
         text: the recipe.
-        tool: whose file it was.
-        left_out: keys of the file that have no counterpart, with the reason.
-        not_needed: keys for what happens without them.
-        differences: what to compare before training.
+        tool: name of the tool.
+        left_out: keys of the file without a counterpart, with the reason.
+        not_needed: keys for behavior that is built in.
+        differences: keys whose conversion should be checked before training.
     """
 
     text: str
@@ -51,12 +51,12 @@ def convert_file(
 
     Args:
         path: the config.
-        recipe: where the recipe is to be written; its paths are relative to this file's directory.
+        recipe: path of the new recipe; its paths are relative to the directory of this file.
         devices: the number of GPUs that the config was used with, for the global batch size.
-        kind: the kind of stage of a TRL config, whose keys may not say it.
+        kind: the kind of stage of a TRL config, if its keys do not determine it.
 
     Raises:
-        RecipeError: the file cannot be read, is of no known tool, or its method has no counterpart.
+        RecipeError: the file cannot be read, its tool is unknown, or its method has no counterpart.
         Problems: the recipe is not valid, because values of the file are not.
     """
     config = _read(path)
@@ -69,16 +69,16 @@ def convert_file(
         convert_trl(config, paths, draft, devices, kind)
     _validate(config, draft)
     header = [
-        f"Converted from {path.name} ({config.tool}) by `rpo-trainer convert`. The comment of a value names "
-        "the key it comes from, where that has another name.",
+        f"Converted from {path.name} ({config.tool}) by `rpo-trainer convert`. Comments name the original "
+        "keys, where the names differ.",
     ]
     for title, notes in (
-        ("Not converted:", config.left_out), ("To compare before training:", config.differences)
+        ("Not converted:", config.left_out), ("Check before training:", config.differences)
     ):  # fmt: skip
         if notes:
             header += ["", title, *(f"  {note}" for note in notes)]
     text = draft.text(header)
-    Recipe.model_validate(parse(text).data)  # the text, too, is valid
+    Recipe.model_validate(parse(text).data)  # the text must be valid too
     return Converted(text, config.tool, config.left_out, config.not_needed, config.differences)
 
 
@@ -98,19 +98,16 @@ def _read(path: Path) -> ForeignConfig:
             problem.what,
             code="convert.invalid-yaml",
             where=f"{where}:{problem.line}",
-            fix="write plain YAML without anchors, tags and tabs, and convert that",
+            fix=f"give the YAML file of {_CONVERTED}, without anchors, tags and tabs",
         ) from None
     tool = foreign_tool(document.data)
     if tool not in (LLAMA_FACTORY, AXOLOTL, TRL):
-        what = (
-            f"this is a config of {tool}" if tool else "this is not a training config that is known"
-        )
-        raise RecipeError(
-            f"{what}; those of {_CONVERTED} are converted",
-            code="convert.unknown-file",
-            where=where,
-            fix="write a recipe from a model and data files with `rpo-trainer init`",
-        )
+        what = f"this is a config of {tool}" if tool else "not a recognized training config"
+        what += f"; only those of {_CONVERTED} can be converted"
+        fix = "write a recipe with `rpo-trainer init`, from a model and data files"
+        if isinstance(document.data, dict) and "stages" in document.data:
+            what, fix = "this is already a recipe", f"check it with `rpo-trainer check {path}`"
+        raise RecipeError(what, code="convert.unknown-file", where=where, fix=fix)
     return ForeignConfig(tool, path, document.data, document.lines)
 
 

@@ -1,4 +1,4 @@
-"""Data sets of LLaMA-Factory, by their entries in dataset_info.json → sources of a recipe."""
+"""Convert datasets of LLaMA-Factory (entries of dataset_info.json) to sources of a recipe."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rpo_trainer.runtime.files import read_text
 
 FILE_NAME = "dataset_info.json"
 _MAX_BYTES = 2**23
-_READ_BYTES = 2**26  # a larger data file is not read for its columns
-# LLaMA-Factory's name of a column → ours, and its name in the rows where the entry gives none.
+_READ_BYTES = 2**26  # the columns of larger files are not read
+# LLaMA-Factory's name of a column → the name here, and its default name in the rows.
 _ALPACA = {
     "prompt": ("instruction", "instruction"),
     "query": ("input", "input"),
@@ -25,7 +25,7 @@ _ALPACA = {
 }
 _SHARED = {"system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected"}
 _MEDIA = ("images", "videos", "audios")
-# Tags of messages that are read, the first being LLaMA-Factory's default.
+# Supported tags of messages; the first is the default of LLaMA-Factory.
 _TAGS = {
     "role_tag": ("from", "role"),
     "content_tag": ("value", "content"),
@@ -43,12 +43,12 @@ _READ = (
 
 @dataclass
 class DatasetInfo:
-    """The data sets that a config names.
+    """The datasets of a config.
 
     Attributes:
         config: the config.
-        paths: of the config and the recipe.
-        folder: where dataset_info.json was found; None: nowhere.
+        paths: paths of the config and the recipe.
+        folder: directory of dataset_info.json; None if there is none.
         entries: its content.
     """
 
@@ -59,7 +59,7 @@ class DatasetInfo:
 
     @staticmethod
     def find(config: ForeignConfig, paths: Paths) -> DatasetInfo:
-        """Read the dataset_info.json of `dataset_dir`, else the one beside the config.
+        """Read dataset_info.json in `dataset_dir`, else next to the config.
 
         Raises:
             RecipeError: it cannot be read.
@@ -84,10 +84,10 @@ class DatasetInfo:
         return DatasetInfo(config, paths, None, {})
 
     def sources(self, key: str, *, pairs: bool) -> tuple[list[dict[str, Any]], list[Path | None]]:
-        """The sources of `dataset` or `eval_dataset`, and the local file of each.
+        """Return the sources of `dataset` or `eval_dataset`, and the local file of each.
 
         Args:
-            key: the key of the config that names the data sets.
+            key: the key of the config that names the datasets.
             pairs: the stage compares responses.
         """
         found, files = [], []
@@ -103,7 +103,7 @@ class DatasetInfo:
             where = "no dataset_info.json was found" if self.folder is None else (
                 f"{self.folder / FILE_NAME} does not define it"
             )  # fmt: skip
-            self.config.differs(key, f"{where}: replace the path `{name}` by the file of the rows")
+            self.config.differs(key, f"{where}: replace the path `{name}` with the data file")
             return {"path": name}, None
         if "kto_tag" in _mapping(entry.get("columns")):
             raise self.config.unsupported(
@@ -119,7 +119,7 @@ class DatasetInfo:
         source, file = self._place(entry, notes)
         if entry.get("ranking") and not pairs:
             self.config.differs(
-                key, f"`{name}` has pairs; only the chosen responses would be SFT rows"
+                key, f"`{name}` has pairs; an SFT stage requires rows with one response"
             )
         if bool(entry.get("ranking")) < pairs:
             self.config.differs(key, f"the entry of `{name}` does not say `ranking: true`")
@@ -129,8 +129,8 @@ class DatasetInfo:
             if columns and "query" not in columns and "input" in _columns_of(file):
                 notes.differs(
                     "columns",
-                    "the column `input` is not listed, so that LLaMA-Factory does not read it; here it is "
-                    "added to the instruction: remove it from the rows",
+                    "LLaMA-Factory ignores the column `input`, because the entry does not list it; here it "
+                    "is added to the instruction, unless you remove it from the rows",
                 )
         else:
             source |= self._sharegpt(entry, notes, pairs)
@@ -138,9 +138,9 @@ class DatasetInfo:
             source["max_rows"] = int(entry["num_samples"])
         notes.leave_out_rest(
             {
-                "subset": "a configuration of a hub data set cannot be chosen; save it to a file",
-                "folder": "a folder of a hub data set cannot be chosen; save it to a file",
-                "revision": "a revision of a hub data set cannot be chosen; save it to a file",
+                "subset": "configurations of hub datasets cannot be selected; save the rows to a file",
+                "folder": "folders of hub datasets cannot be selected; save the rows to a file",
+                "revision": "revisions of hub datasets cannot be selected; save the rows to a file",
             }
         )
         return source, file
@@ -163,7 +163,9 @@ class DatasetInfo:
             split = {"split": str(entry["split"])} if entry.get("split") else {}
             return {"path": str(entry["hf_hub_url"]), **split}, None
         place = next((field for field in _ELSEWHERE if entry.get(field)), "file_name")
-        notes.leave_out(place, "only files and data sets of the Hugging Face hub are read")
+        notes.leave_out(
+            place, "only local files and datasets on the Hugging Face hub are supported"
+        )
         return {"path": str(entry.get(place, "PATH"))}, None
 
     def _alpaca(self, entry: Mapping[str, Any], pairs: bool) -> dict[str, Any]:
@@ -194,7 +196,7 @@ class DatasetInfo:
             value = tags.take(tag, known[0])
             if str(value).lower() not in known:
                 tags.leave_out(
-                    tag, f"messages are read with {' or '.join(known)}: rename it in the rows"
+                    tag, f"messages must have {' or '.join(known)}: rename it in the rows"
                 )
         tags.leave_out_rest({})
         form = "pairs" if pairs else ("sharegpt" if column == "conversations" else "messages")
@@ -202,7 +204,7 @@ class DatasetInfo:
 
 
 def _columns_of(file: Path | None) -> set[str]:
-    """The columns of the first row of a local JSON file; empty if it cannot be read cheaply."""
+    """Return the columns of the first row of a local JSON file; empty if it cannot be read cheaply."""
     try:
         if file is None or not file.is_file() or file.stat().st_size > _READ_BYTES:
             return set()

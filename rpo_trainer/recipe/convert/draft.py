@@ -1,4 +1,4 @@
-"""The recipe being written: its values, a comment for each, and its text."""
+"""A new recipe: values, comments and text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rpo_trainer.recipe.yaml_document import Key, dump, parse
 
 @dataclass
 class Draft:
-    """A recipe of one or more stages as plain values, with the comments that its text has.
+    """A recipe of one or more stages as plain values, with comments.
 
     Attributes:
-        values: the recipe.
-        comments: of the keys.
-        sources: the first word of each comment that was given, most often the key of the other tool.
+        values: the content of the recipe.
+        comments: comment of each key.
+        sources: first word of each comment, usually the key of the other tool.
     """
 
     values: dict[str, Any] = field(default_factory=lambda: {"model": {}, "stages": []})
@@ -23,7 +23,7 @@ class Draft:
     sources: dict[Key, str] = field(default_factory=dict)
 
     def put(self, key: Key, value: Any, comment: str = "") -> None:
-        """Set the value at a key, such as `("stages", 0, "beta")`; the mappings above it are made."""
+        """Set the value at a key, such as `("stages", 0, "beta")`; create the mappings above it."""
         here: Any = self.values
         for part in key[:-1]:
             if isinstance(here, list):
@@ -34,11 +34,11 @@ class Draft:
                 here = here.setdefault(part, {})
         here[key[-1]] = value
         self.sources[key] = comment.split(" ")[0]
-        if comment and comment != key[-1]:  # a key that keeps its name needs no word
+        if comment and comment != key[-1]:  # no comment if the key keeps its name
             self.comments[key] = comment
 
     def get(self, key: Key) -> Any:
-        """The value at a key; None where there is none."""
+        """Return the value at a key, or None."""
         here: Any = self.values
         for part in key:
             try:
@@ -48,7 +48,7 @@ class Draft:
         return here
 
     def remove(self, key: Key) -> None:
-        """Remove a key, and the mappings above it that are then empty."""
+        """Remove a key, and mappings above it that become empty."""
         above = self.get(key[:-1])
         if isinstance(above, dict) and key[-1] in above:
             del above[key[-1]]
@@ -57,7 +57,7 @@ class Draft:
                 self.remove(key[:-1])
 
     def text(self, header: list[str]) -> str:
-        """YAML with the comments, `header` as comment lines at its top, and a blank line before each part."""
+        """Return commented YAML, with `header` at the top and a blank line before each part."""
         order = ("model", "seed", "run_dir", "defaults", "eval", "stages")
         values = {key: self.values[key] for key in order if key in self.values}
         plain = dump(values)

@@ -1,4 +1,4 @@
-"""A config file of another tool: its values, and what becomes of each key."""
+"""A config file of another tool: its values, and the fate of each key."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe.environment import is_secret
 from rpo_trainer.recipe.yaml_document import Key, plain_scalar
 
-# YAML 1.1, which these tools read, has more words for true and false than YAML 1.2.
+# These tools read YAML 1.1, which has more words for true and false than YAML 1.2.
 _WORDS = {"yes": True, "on": True, "no": False, "off": False}
 
 
 class Note(NamedTuple):
-    """What a user must know about one key of the file.
+    """A note on one key of the file.
 
     Attributes:
         key: the key, dotted.
-        line: its line in the file; 0: it is not in the file.
-        value: its value, as text; "" where it is too long to show or a secret.
+        line: its line; 0 if it is not in the file.
+        value: its value as text; "" if it is too long or a secret.
         text: why it has no counterpart, or how the recipe differs.
     """
 
@@ -41,14 +41,14 @@ class ForeignConfig:
     """A mapping of a foreign file. Every key is taken, left out with a reason, or reported as unknown.
 
     Attributes:
-        tool: whose file it is.
+        tool: name of the tool.
         path: the file.
         data: the mapping.
         lines: the line of each key.
-        at: where in the file the mapping is; () at the top.
+        at: key of the mapping in the file; () at the top.
         left_out: keys without a counterpart.
-        not_needed: keys for what happens without them.
-        differences: keys that were converted, with a difference that may matter.
+        not_needed: keys for behavior that is built in.
+        differences: converted keys with a difference that may matter.
     """
 
     tool: str
@@ -62,11 +62,11 @@ class ForeignConfig:
     seen: set[str] = field(default_factory=set)
 
     def has(self, key: str) -> bool:
-        """Whether the key has a value; an empty one counts as absent, as it does for these tools."""
+        """Whether the key has a value; null counts as absent, as in these tools."""
         return self.data.get(key) is not None
 
     def take(self, key: str, default: Any = None) -> Any:
-        """The value of a key that is converted; `default` where it has none."""
+        """Return the value of a key to convert, or `default`."""
         self.seen.add(key)
         value = self.data.get(key)
         if isinstance(value, str):
@@ -74,10 +74,10 @@ class ForeignConfig:
         return default if value is None else value
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """The number under a key; text that is a number, such as "1e-5" in quotes, counts.
+        """Return a number; text such as "1e-5" in quotes is converted.
 
         Raises:
-            RecipeError: it is something else.
+            RecipeError: the value is not a number.
         """
         value = self.take(key, default)
         if isinstance(value, str):
@@ -92,7 +92,7 @@ class ForeignConfig:
         return value
 
     def names(self, key: str) -> list[str]:
-        """A list of names: a list, or one text with commas between them."""
+        """Return a list of names, given as a list or as text with commas."""
         value = self.take(key, [])
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list):
@@ -100,7 +100,7 @@ class ForeignConfig:
         return [str(item).strip() for item in items if str(item).strip()]
 
     def below(self, key: str | int, data: Mapping[str, Any], *more: str | int) -> ForeignConfig:
-        """A mapping inside this one; its notes go to the same lists."""
+        """Return a mapping inside this one; its notes are added to the same lists."""
         at = (*self.at, key, *more)
         return ForeignConfig(
             self.tool, self.path, data, self.lines, at, self.left_out, self.not_needed,
@@ -108,7 +108,7 @@ class ForeignConfig:
         )  # fmt: skip
 
     def where(self, key: str) -> str:
-        """FILE:LINE of a key."""
+        """Return FILE:LINE of a key."""
         return f"{self.path}:{self.lines.get((*self.at, key), 1)}"
 
     def leave_out(self, key: str, reason: str) -> None:
@@ -117,7 +117,7 @@ class ForeignConfig:
         self.left_out.append(self._note(key, reason))
 
     def skip(self, keys: Mapping[str, str]) -> None:
-        """Report those of the keys that have a value as not needed, with the reason; false needs no word."""
+        """Report keys that have a value (other than false) as not needed, with the reason."""
         for key, reason in keys.items():
             if self.has(key) and key not in self.seen:
                 self.seen.add(key)
@@ -129,10 +129,10 @@ class ForeignConfig:
         self.differences.append(self._note(key, text))
 
     def leave_out_rest(self, reasons: Mapping[str, str]) -> None:
-        """Report every key that nothing has taken; one that is false, empty or absent needs no word.
+        """Report every remaining key whose value is not false or empty.
 
         Args:
-            reasons: why, for the keys that are known.
+            reasons: reasons of the known keys.
         """
         for key, value in self.data.items():
             if key in self.seen:
@@ -144,7 +144,7 @@ class ForeignConfig:
             self.leave_out(key, reason)
 
     def unsupported(self, key: str, what: str, fix: str) -> RecipeError:
-        """The error for a method that has no counterpart here."""
+        """Return the error for a method without a counterpart."""
         return RecipeError(
             f"{what} has no counterpart in rpo-trainer",
             code="convert.unsupported-method",
@@ -162,5 +162,5 @@ class ForeignConfig:
 
 
 def reasons(table: Iterable[tuple[str, tuple[str, ...]]]) -> dict[str, str]:
-    """Key → reason, from rows of (reason, keys)."""
+    """Return a mapping from keys to reasons, from pairs (reason, keys)."""
     return {key: reason for reason, keys in table for key in keys}

@@ -1,4 +1,4 @@
-"""LLaMA-Factory YAML → a recipe of one stage."""
+"""Convert LLaMA-Factory YAML to a recipe of one stage."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _INSTEAD = {
     "kto": ("KTO (`stage: kto`)",
             "pair a good response with a bad one for each prompt, and use `stage: dpo`"),
     "ppo": ("PPO (`stage: ppo`)",
-            "use an rpo stage with `generate` and `score`, which samples responses and learns from "
+            "use an rpo stage with `generate` and `score`, which samples responses and trains on "
             "their rewards"),
 }  # fmt: skip
 _LOSSES = {
@@ -48,7 +48,7 @@ _DEFAULTS = Defaults(learning_rate=5e-5, gradient_checkpointing=True)
 _NOT_NEEDED = NOT_NEEDED | reasons(
     [
         ("pair accuracy is always logged", ("compute_accuracy",)),
-        ("the kernels are torch's", ("use_unsloth", "use_unsloth_gc")),
+        ("torch's kernels are used", ("use_unsloth", "use_unsloth_gc")),
         ("weights are trained in float32 with autocast", ("upcast_layernorm", "upcast_lmhead_output")),
         ("padding is never trained", ("ignore_pad_token_for_loss",)),
         ("an evaluation reports one loss for all held-out sources", ("eval_on_each_dataset",)),
@@ -59,34 +59,34 @@ _NOT_NEEDED = NOT_NEEDED | reasons(
 )  # fmt: skip
 _LEFT_OUT = LEFT_OUT | reasons(
     [
-        ("merge the adapter into the model first, and give the merged model",
+        ("merge the adapter into the model first, and use the merged model",
          ("adapter_name_or_path", "ref_model_adapters", "create_new_adapter")),
-        ("an adapter is trained at one learning rate",
+        ("an adapter has one learning rate",
          ("loraplus_lr_ratio", "loraplus_lr_embedding")),
-        ("set `init_lora_weights` of `peft`", ("pissa_init", "pissa_iter", "pissa_convert")),
-        ("the prompt is never trained", ("train_on_prompt",)),
-        ("every assistant turn is trained; give `weight: 0` to turns of the rows that must not be",
+        ("set `init_lora_weights` under `peft`", ("pissa_init", "pissa_iter", "pissa_convert")),
+        ("prompts are never trained", ("train_on_prompt",)),
+        ("every assistant turn is trained; set `weight: 0` on turns to exclude",
          ("mask_history",)),
-        ("this optimizer is not offered; AdamW is used",
+        ("this optimizer is not supported; AdamW is used",
          ("use_galore", "use_apollo", "use_badam", "use_muon", "use_adam_mini", "galore_target",
           "galore_rank", "galore_scale", "galore_update_interval", "apollo_rank", "apollo_target",
           "badam_mode", "badam_switch_interval", "badam_switch_mode")),
         ("weights stay float32 with autocast", ("pure_bf16",)),
-        ("set the model's config.json", ("rope_scaling", "shift_attn", "mixture_of_depths")),
-        ("new tokens must be in the tokenizer and the model already",
+        ("set it in the model's config.json", ("rope_scaling", "shift_attn", "mixture_of_depths")),
+        ("add new tokens to the tokenizer and the model first",
          ("resize_vocab", "add_tokens", "add_special_tokens", "new_special_tokens_config")),
-        ("other terms of the loss are not offered",
+        ("other terms of the loss are not supported",
          ("pref_bco_weight", "ld_alpha", "use_asft_loss", "use_dft_loss")),
         ("the reference model is never quantized", ("ref_model_quantization_bit",)),
-        ("generation in an evaluation is `eval: {data, generate, score}`",
+        ("to sample responses in an evaluation, use `eval: {data, generate, score}`",
          ("predict_with_generate", "eval_num_beams", "max_new_tokens", "temperature", "top_p")),
-        ("bitsandbytes' NF4 alone is offered",
+        ("only bitsandbytes' NF4 is supported",
          ("quantization_method", "quantization_type", "double_quantization")),
         ("layers cannot be added or frozen", ("use_llama_pro", "freeze_trainable_layers",
          "freeze_trainable_modules", "freeze_extra_modules")),
-        ("this tracker is not offered here; transformers' trackers are (`report_to`)",
+        ("this tracker is not supported; `report_to` takes those of transformers",
          ("use_swanlab", "swanlab_project", "swanlab_run_name", "swanlab_workspace", "swanlab_mode")),
-        ("the chat template writes tool calls in its own format", ("tool_format",)),
+        ("the chat template determines the format of tool calls", ("tool_format",)),
     ]
 )  # fmt: skip
 
@@ -97,7 +97,7 @@ def convert_llama_factory(
     """Fill the draft from a LLaMA-Factory config.
 
     Raises:
-        RecipeError: the config does not train, or its method has no counterpart.
+        RecipeError: the config is not for training, or its method has no counterpart.
     """
     kind = _kind(config)
     _model(config, paths, draft)
@@ -137,7 +137,7 @@ def _kind(config: ForeignConfig) -> str:
             raise config.unsupported(
                 key,
                 f"training on images, video or audio (`{key}`)",
-                "use a text model and rows of text",
+                "use a text model and text rows",
             )
     if stage not in _KINDS or not config.has("dataset"):
         raise RecipeError(
@@ -157,7 +157,7 @@ def _model(config: ForeignConfig, paths: Paths, draft: Draft) -> None:
     path, known = paths.converted(name)
     draft.put(("model", "name_or_path"), path, "model_name_or_path")
     if not known:
-        config.differs("model_name_or_path", "no such directory was found; correct the path")
+        config.differs("model_name_or_path", "not found; correct the path")
     put_dtype(config, draft, "bfloat16", "default of this recipe")
     if config.has("model_revision") and config.take("model_revision") != "main":
         draft.put(("model", "revision"), str(config.take("model_revision")), "model_revision")
@@ -178,7 +178,7 @@ def _model(config: ForeignConfig, paths: Paths, draft: Draft) -> None:
     if thinking is False:
         config.differs(
             "template",
-            "for no thinking add `chat_template_kwargs: {enable_thinking: false}` under `model`, where "
+            "to disable thinking, add `chat_template_kwargs: {enable_thinking: false}` under `model`, where "
             "the template reads it",
         )
 
@@ -205,7 +205,10 @@ def _data(config: ForeignConfig, paths: Paths, draft: Draft, kind: str) -> list[
     if 0 < size < 1:
         draft.put((*STAGE, "data", "eval_fraction"), float(size), "val_size")
     elif size >= 1:
-        config.leave_out("val_size", "held-out rows are a fraction: set `data.eval_fraction`")
+        config.leave_out(
+            "val_size",
+            "a number of rows; set `data.eval_fraction`, a fraction of the prompts, in its place",
+        )
     return files
 
 
@@ -229,7 +232,7 @@ def _preference(config: ForeignConfig, paths: Paths, draft: Draft) -> None:
         path, known = paths.converted(str(config.take("ref_model")))
         draft.put((*STAGE, "reference"), path, "ref_model")
         if not known:
-            config.differs("ref_model", "no such directory was found; correct the path")
+            config.differs("ref_model", "not found; correct the path")
 
 
 def _method(config: ForeignConfig, draft: Draft, kind: str) -> None:
@@ -252,4 +255,4 @@ def _method(config: ForeignConfig, draft: Draft, kind: str) -> None:
         if bits == 4:
             draft.put((*STAGE, "peft", "quantization"), "nf4", "quantization_bit")
         elif bits is not None:
-            config.leave_out("quantization_bit", "4 bits (`nf4`) are supported, no other number")
+            config.leave_out("quantization_bit", "only 4 bits (`nf4`) are supported")

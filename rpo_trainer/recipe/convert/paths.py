@@ -1,4 +1,4 @@
-"""Paths of a foreign file → paths relative to the recipe."""
+"""Convert paths of a foreign file to paths relative to the recipe."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 @dataclass(frozen=True)
 class Paths:
-    """Where relative paths start.
+    """The starting points of relative paths.
 
-    These tools resolve paths from the directory they are started in, which the file does not name. The
+    These tools resolve paths from their working directory, which the file does not name. The current
     working directory, the file's directory and the directories above it are tried in this order.
 
     Attributes:
         config: the foreign file.
-        recipe: the recipe that is written.
+        recipe: the new recipe.
     """
 
     config: Path
     recipe: Path
 
     def find(self, path: str) -> Path | None:
-        """The file or directory that a path names; None: there is none."""
+        """Return the file or directory at a path, or None."""
         named = Path(path).expanduser()
         starts = [Path.cwd(), *self.config.absolute().parents]
         for start in [Path()] if named.is_absolute() else starts:
@@ -35,13 +35,13 @@ class Paths:
         return None
 
     def of_recipe(self, path: Path) -> str:
-        """A path as the recipe has it: relative to its directory where the two are near, else absolute."""
+        """Return a path for the recipe: relative to its directory if they are close, else absolute."""
         target, folder = path.absolute(), self.recipe.absolute().parent
         relative = os.path.relpath(target, folder)
         return str(target) if relative.startswith(f"..{os.sep}..{os.sep}..") else relative
 
     def converted(self, path: str) -> tuple[str, bool]:
-        """The path for the recipe, and whether it is known: a local path that exists, or a hub name."""
+        """Return a path for the recipe, and whether it exists locally or is a hub name."""
         if (found := self.find(path)) is not None:
             text = self.of_recipe(found)
             return (text if os.sep in text or "." in text else f".{os.sep}{text}"), True

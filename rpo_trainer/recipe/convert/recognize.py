@@ -1,4 +1,4 @@
-"""Which tool a config file belongs to, by its top-level keys."""
+"""Recognize the tool of a config file by its top-level keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LLAMA_FACTORY, AXOLOTL, TRL, TORCHTUNE = "LLaMA-Factory", "Axolotl", "TRL", "tor
 
 
 class _Marks(NamedTuple):
-    """Keys that a tool's files have.
+    """Keys that identify the files of a tool.
 
     Attributes:
         required: a key that every file has.
@@ -52,7 +52,7 @@ _MARKS = {
 
 
 def foreign_tool(data: Any) -> str | None:
-    """The tool whose config file this is; None: not one of those that are recognized.
+    """Return the tool of a config file, or None if it is not recognized.
 
     Args:
         data: the content of a YAML file.

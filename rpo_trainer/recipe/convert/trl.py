@@ -1,4 +1,4 @@
-"""YAML for TRL's command line (`trl sft --config FILE`) → a recipe of one stage."""
+"""Convert YAML for TRL's command line (`trl sft --config FILE`) to a recipe of one stage."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from rpo_trainer.recipe.yaml_document import Key
 
 STAGE: Key = ("stages", 0)
 _RATES = {"sft": 2e-5, "dpo": 1e-6, "reward": 1e-4}
-# Keys that only configs of DPO have; those of SFT.
+# Keys that only DPO configs have, and those that only SFT configs have.
 _OF_DPO = {"beta", "label_smoothing", "ref_model_name_or_path", "rpo_alpha", "loss_weights",
            "precompute_ref_log_probs", "sync_ref_model", "reference_free"}  # fmt: skip
 _OF_SFT = {"packing", "assistant_only_loss", "completion_only_loss", "dataset_text_field",
            "max_seq_length", "eval_packing"}  # fmt: skip
 _LOSSES = {"sigmoid": "dpo", "ipo": "ipo"}
-_CONFIGURATION = "a configuration of a hub data set cannot be chosen; save it to a file"
+_CONFIGURATION = "configurations of hub datasets cannot be selected; save the rows to a file"
 _LORA = LoraNames(
     "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save",
     "use_rslora", "use_dora", default_rank=16, alpha_of_rank=0, default_alpha=32,
@@ -35,24 +35,24 @@ _LORA = LoraNames(
 _NOT_NEEDED = NOT_NEEDED | reasons(
     [
         ("only assistant turns and responses are trained", ("assistant_only_loss", "completion_only_loss")),
-        ("the model is loaded by its config", ("model_code_revision", "torch_dtype", "dtype")),
+        ("determined by the config of the model", ("model_code_revision", "torch_dtype", "dtype")),
     ]
 )  # fmt: skip
 _LEFT_OUT = LEFT_OUT | reasons(
     [
         (_CONFIGURATION, ("dataset_config",)),
-        ("set the loggers of the program that calls the trainers", ("log_level",)),
-        ("data sets are read whole", ("dataset_streaming",)),
-        ("name the column with `columns` of the source", ("dataset_text_field",)),
-        ("`max_length` is for prompt and response together",
+        ("use `rpo-trainer -v` for debug messages", ("log_level",)),
+        ("datasets are not streamed", ("dataset_streaming",)),
+        ("set `columns` of the source", ("dataset_text_field",)),
+        ("`max_length` limits prompt and response together",
          ("max_prompt_length", "max_completion_length")),
-        ("train in rounds with `repeat` of the stage",
+        ("to update the reference model, train in rounds with `repeat`",
          ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")),
-        ("other terms of the loss are not offered",
+        ("other terms of the loss are not supported",
          ("f_divergence_type", "ld_alpha", "use_weighting", "discopop_tau", "center_rewards_coefficient")),
         ("set them in the tokenizer's files", ("eos_token", "pad_token")),
         ("set `model.chat_template` to a Jinja file", ("chat_template_path",)),
-        ("bitsandbytes' NF4 with its defaults alone is offered",
+        ("only bitsandbytes' NF4 with its defaults is supported",
          ("bnb_4bit_quant_type", "use_bnb_nested_quant")),
     ]
 )  # fmt: skip
@@ -65,19 +65,19 @@ def convert_trl(
 
     Args:
         config: the file.
-        paths: of the file and the recipe.
-        draft: the recipe.
+        paths: paths of the file and the recipe.
+        draft: the new recipe.
         devices: the number of GPUs that the file was used with.
-        kind: `sft`, `dpo` or `reward`; None: by the keys of the file.
+        kind: `sft`, `dpo` or `reward`; None: determined by the keys of the file.
 
     Raises:
-        RecipeError: the kind is neither given nor clear, or the loss has no counterpart.
+        RecipeError: the kind is neither given nor determined by the keys, or the loss has no counterpart.
     """
     kind = kind or _kind(config)
     path, known = paths.converted(str(config.take("model_name_or_path")))
     draft.put(("model", "name_or_path"), path, "model_name_or_path")
     if not known:
-        config.differs("model_name_or_path", "no such directory was found; correct the path")
+        config.differs("model_name_or_path", "not found; correct the path")
     put_dtype(config, draft, "auto", "default of this recipe")
     if config.has("model_revision") and config.take("model_revision") != "main":
         draft.put(("model", "revision"), str(config.take("model_revision")), "model_revision")
@@ -111,7 +111,7 @@ def _kind(config: ForeignConfig) -> str:
     if keys & _OF_SFT:
         return "sft"
     raise RecipeError(
-        "a TRL config does not say which of TRL's commands it is for",
+        "the keys do not determine the TRL command of this config",
         code="convert.unknown-kind",
         where=str(config.path),
         fix="give --kind sft, --kind dpo or --kind reward",
@@ -135,13 +135,13 @@ def _data(config: ForeignConfig, paths: Paths, draft: Draft) -> list[Path | None
         if below.take("config", "default") != "default":
             below.leave_out("config", _CONFIGURATION)
         if below.take("weight", 1.0) != 1.0:
-            below.leave_out("weight", "this fraction of the rows was used; give `max_rows`")
-        below.skip({"columns": "columns that are not needed are not read"})
+            below.leave_out("weight", "a fraction of the rows; set `max_rows`")
+        below.skip({"columns": "only the columns of the data format are read"})
         below.leave_out_rest({"name": _CONFIGURATION})
     if place is not config:
-        place.skip({"seed": "the rows are shuffled by the seed of the recipe"})
+        place.skip({"seed": "the seed of the recipe shuffles the rows"})
         place.leave_out_rest(
-            {"test_split_size": "held-out rows are `data.eval` or `data.eval_fraction`"}
+            {"test_split_size": "set `data.eval` or `data.eval_fraction` for held-out rows"}
         )
     test_split = config.take("dataset_test_split", "test")
     train_split = config.take("dataset_train_split")

@@ -66,7 +66,7 @@ def names_are_unique(raw: Raw) -> Errors:
                     f"two stages have the name `{name}`",
                     code="recipe.duplicate-stage",
                     why="the name is the directory of the stage",
-                    fix="rename one of them; note that `repeat` makes NAME-1, NAME-2, ...",
+                    fix="rename one of them; note that `repeat` creates NAME-1, NAME-2, ...",
                 )
                 break
             taken.add(name)
@@ -208,7 +208,7 @@ def references_are_earlier(raw: Raw) -> Errors:
                         at,
                         f"`responses_from` refers to `{target}`, which does not sample responses",
                         code="recipe.wrong-stage-kind",
-                        why="given rows can be listed under `train` of this stage too",
+                        why="rows of a file can be listed under `train` of this stage",
                         fix="use a stage with `data: {generate: ..., score: ...}`",
                     )
 

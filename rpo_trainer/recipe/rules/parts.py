@@ -115,7 +115,7 @@ def code_execution_allowed(raw: Raw) -> Errors:
             ("verifier",),
             "the verifier `asserts` runs code that a model has written",
             code="recipe.code-execution-not-allowed",
-            why="that code can do harm; its limits (time, memory) are not a sandbox",
+            why="the code can do harm; its limits on time and memory are not a sandbox",
             fix="add `allow_code_execution: true`, preferably in a container",
         )
     if verifier != "asserts" and allowed is True:
@@ -291,14 +291,14 @@ def fields_of_the_objective(raw: Raw) -> Errors:
 
 
 def saved_dtype(raw: Raw) -> Errors:
-    """A stage that delivers an adapter alone saves it in float32."""
+    """A stage that saves only an adapter saves it in float32."""
     peft = raw.get("peft")
     if raw.get("save_dtype", "auto") in ("auto", "float32") or not isinstance(peft, dict):
         return
     if peft.get("between_stages") == "keep" and not peft.get("merge"):
         yield unread(
             ("save_dtype",),
-            "`save_dtype` of a stage that saves an adapter alone",
+            "`save_dtype` is set in a stage that saves only an adapter",
             "remove it, or add `merge: true` under `peft` for a merged model in that dtype",
             why="the next stage trains this adapter further, and its weights are float32",
         )

@@ -120,11 +120,13 @@ class FilterSpec(Spec):
         ge=0,
         description="drop rows with a smaller reward gap (chosen − rejected, before η)",
     )
-    ties: Literal["keep", "drop"] = Field("keep", description="rows with equal rewards")
+    ties: Literal["keep", "drop"] = Field(
+        "keep", description="what to do with rows with equal rewards"
+    )
     reversed: Literal["error", "drop", "keep"] = Field(
         "error",
-        description="rows whose chosen response has the lower reward: `error` stops if they are more than "
-        "0.5 % of the rows, and drops them otherwise",
+        description="what to do with rows whose chosen response has the lower reward: `error` stops if they "
+        "are more than 0.5% of the rows, and drops them otherwise",
     )
 
 

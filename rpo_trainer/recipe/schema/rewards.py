@@ -28,7 +28,7 @@ class EndpointSpec(Spec):
         6,
         ge=0,
         le=100,
-        description="number of retries per request, with exponential backoff (Retry-After is obeyed)",
+        description="number of retries per request, with exponential backoff (honors Retry-After)",
     )
 
     chat_template_kwargs: dict[str, Any] | None = Field(
@@ -44,8 +44,8 @@ class RewardEndpointSpec(EndpointSpec):
     api: Literal["rewards", "vllm_score", "vllm_classify"] | None = Field(
         None,
         description="wire format: `rewards` (chat completions that answer with scores by attribute), "
-        "`vllm_score` or `vllm_classify` (vLLM's `/score` and `/classify`); by default from the end of "
-        "the url",
+        "`vllm_score` or `vllm_classify` (vLLM's `/score` and `/classify`); default: detected from the "
+        "end of the URL",
     )
 
 
@@ -72,9 +72,14 @@ class GenerateSpec(Spec):
         4, ge=1, le=10_000, description="number of responses per prompt and policy"
     )
     temperature: float = Field(1.0, gt=0, description="sampling temperature")
-    top_p: float = Field(1.0, gt=0, le=1, description="nucleus sampling; 1: off")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="nucleus sampling: total probability of the tokens to sample from; 1 disables it",
+    )
     top_k: int = Field(
-        0, ge=0, le=10_000_000, description="sample from the k most likely tokens; 0: off"
+        0, ge=0, le=10_000_000, description="sample from the k most likely tokens; 0 disables it"
     )
     max_new_tokens: int = Field(
         ge=1, le=10_000_000, description="maximum length of a response, in tokens"
@@ -170,7 +175,9 @@ class PairsSpec(Spec):
         "best",
         description="chosen response: the `best`, or the `ground_truth` of the row (else the best)",
     )
-    ties: Literal["drop", "keep"] = Field("drop", description="rows (or pairs) with equal rewards")
+    ties: Literal["drop", "keep"] = Field(
+        "drop", description="what to do with rows (or pairs) with equal rewards"
+    )
     min_gap: float = Field(
         0.0,
         ge=0,

@@ -110,12 +110,14 @@ class StageBase(Spec):
     max_steps: int | None = Field(
         None, ge=1, description="optimizer steps, in place of `num_train_epochs`"
     )
-    learning_rate: float = Field(gt=0, le=10, description="peak learning rate, for example 3e-7")
+    learning_rate: float = Field(
+        gt=0, le=10, description="peak learning rate, for example 1e-5 for SFT or 5e-7 for DPO"
+    )
     lr_scheduler_type: Text = Field(
         "constant", description="learning rate schedule, by its name in `transformers`"
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warmup")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay (AdamW)")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first-moment decay")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="Adam's second-moment decay")
     max_grad_norm: float = Field(1.0, ge=0, description="maximum gradient norm; 0: no clipping")
@@ -127,16 +129,19 @@ class StageBase(Spec):
     save_steps: int | None = Field(
         None,
         ge=1,
-        description="optimizer steps between checkpoints; without it, a stage that is killed starts again",
+        description="optimizer steps between checkpoints; default: no checkpoints, so that a stopped "
+        "stage starts again",
     )
     save_total_limit: int = Field(1, ge=1, description="number of checkpoints to keep")
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="dtype of the model that the stage delivers in `final`; `auto`: that of the model it "
-        "descends from. Later stages start from the exact float32 weights",
+        description="dtype of the model in `final`; `auto`: the dtype of the loaded model. Later stages "
+        "start from the exact float32 weights",
     )
     eval_steps: int | None = Field(
-        None, ge=1, description="optimizer steps between evaluations on held-out data (`data.eval`)"
+        None,
+        ge=1,
+        description="optimizer steps between evaluations on held-out data (`data.eval` or `eval_fraction`)",
     )
     seed: int | None = Field(
         None, ge=0, lt=2**32, description="random seed of the stage; default: `seed` of the recipe"
@@ -222,7 +227,7 @@ class PreferenceStage(StageBase):
     )
     beta: float = Field(
         gt=0,
-        description="β, strength of the KL penalty towards the reference model, for example 0.01",
+        description="β, strength of the KL penalty toward the reference model, for example 0.1",
     )
     sft_loss_weight: float = Field(
         0.0, ge=0, description="weight of the SFT loss on the chosen response"
