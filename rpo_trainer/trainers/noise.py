@@ -46,13 +46,22 @@ def text_of(found: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in sorted(found.items()))
 
 
+def _name_of(path: str) -> str:
+    """Return the name of a dropout module: the last part of its path, or that of its container.
+
+    PEFT has one dropout per adapter, in `lora_dropout.ADAPTER`.
+    """
+    *_, parent, last = ("", *path.split("."))
+    return parent if "dropout" in parent and "drop" not in last else last
+
+
 def noise_in(model: nn.Module) -> dict[str, float]:
     """Return the names and largest values of the noise of the model's modules."""
     found: dict[str, float] = {}
     for path, module in model.named_modules():
         values = {name: getattr(module, name) for name in _attributes(module)}
         if isinstance(module, _DROPOUT) and module.p > 0:
-            values[path.rpartition(".")[2]] = module.p
+            values[_name_of(path)] = module.p
         for config, names in _configs(module):
             values |= {name: getattr(config, name) for name in names}
         for name, value in values.items():
@@ -158,7 +167,7 @@ def _set_noise_to_zero(model: nn.Module, names: Collection[str]) -> _Undo:
     inner, undo = transformers_model(model), []
     for path, module in model.named_modules():
         changes: dict[str, Any] = {name: 0.0 for name in _attributes(module) if name in names}
-        if isinstance(module, _DROPOUT) and path.rpartition(".")[2] in names:
+        if isinstance(module, _DROPOUT) and _name_of(path) in names:
             changes["p"] = 0.0
         for config, read in _configs(module):
             if module is not inner and (hidden := tuple(name for name in read if name in names)):

@@ -98,6 +98,14 @@ def test_noise_is_off_wherever_it_lives(place: str) -> None:
     assert_turned_off(model)
 
 
+def test_dropout_of_an_adapter_is_named_for_what_it_is() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        make_model(), peft.LoraConfig(target_modules=["q_proj"], lora_dropout=0.25)
+    )
+    assert noise_in(model) == {"lora_dropout": 0.25}
+
+
 def test_settings_of_the_config_still_act_below_a_view(tmp_path: Any) -> None:
     model = made(*PLACES["read from the config"])
     disable_noise(model, "a test")

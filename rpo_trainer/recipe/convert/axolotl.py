@@ -154,7 +154,7 @@ def _kind(config: ForeignConfig) -> tuple[str, str]:
         )
     if not config.has("datasets"):
         raise RecipeError(
-            "this Axolotl config names no `datasets` to train on",
+            "this Axolotl config has no `datasets`",
             code="convert.not-a-training-config",
             where=config.where("base_model"),
             why="only configs for training are converted",

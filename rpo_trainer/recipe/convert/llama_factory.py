@@ -141,7 +141,7 @@ def _kind(config: ForeignConfig) -> str:
             )
     if stage not in _KINDS or not config.has("dataset"):
         raise RecipeError(
-            "this LLaMA-Factory config names no `dataset` to train on"
+            "this LLaMA-Factory config has no `dataset`"
             if stage in _KINDS
             else f"`stage: {stage}` is unknown",
             code="convert.not-a-training-config",

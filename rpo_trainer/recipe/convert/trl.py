@@ -155,7 +155,7 @@ def _data(config: ForeignConfig, paths: Paths, draft: Draft) -> list[Path | None
             draft.put((*STAGE, "data", "eval"), [held_out], "dataset_test_split")
     if not sources:
         raise RecipeError(
-            "this TRL config names no `dataset_name` to train on",
+            "this TRL config has no `dataset_name`",
             code="convert.not-a-training-config",
             where=str(config.path),
             why="only configs for training are converted",
