@@ -118,6 +118,7 @@ def test_stopped_and_run_again(
     injected(f"an exception at {point}", "survived")
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again(finished: Path, tmp_path: Path, injected: Injected) -> None:
     points = ["step:code:2", "step:general:5", "step:dpo:2", "begin:rpo-2"]
     for point in points:
@@ -225,6 +226,7 @@ def test_killed_at_random_moments(finished: Path, tmp_path: Path, injected: Inje
         injected(f"SIGKILL after {moment:.2f} s (KILL_SEED={seed})", "survived")
 
 
+@pytest.mark.slow
 def test_killed_in_training_and_while_sampling(
     finished: Path, tmp_path: Path, injected: Injected
 ) -> None:

@@ -8,6 +8,8 @@ import sys
 import pytest
 
 
+@pytest.mark.slow
+@pytest.mark.extras("bitsandbytes")
 def test_importing_bitsandbytes_prints_nothing() -> None:
     pytest.importorskip("bitsandbytes")
     done = subprocess.run(

@@ -47,6 +47,7 @@ def test_a_recipe_is_checked_without_posix(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_needs_posix_is_refused_or_done_otherwise() -> None:
     said = without_posix("asserts")
     assert "refused verifier.unsupported-system" in said

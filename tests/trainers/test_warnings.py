@@ -73,7 +73,7 @@ def test_what_to_try_names_recipe_keys_and_their_values() -> None:
     bad = {**HEALTHY, "logps/chosen_delta": -20.0, "rewards/margins": 30.0, "logps/chosen": -60.0}
     bad |= {"rewards/accuracies": 1.0, "rewards/target_saturated": 0.9}
     falling, saturated, exploding, unlearned = find_warnings(bad, config(sft_loss_weight=0.005))
-    assert "20 nats per response below the reference's (50%)" in falling.text
+    assert "20 nats per response below the reference model's (50%)" in falling.text
     for warning in (falling, unlearned):
         assert "raise sft_loss_weight (now 0.005), raise beta (now 0.1)" in warning.advice
     assert "near 0 or 1 for 90% of the examples" in saturated.text
