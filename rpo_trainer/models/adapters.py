@@ -64,6 +64,7 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
     require_plain_start(config)
     config = without_towers(transformers_model(model), with_new_parts(model, config))
     before = _answers(model)
+    random_state = torch.get_rng_state()
     try:
         wrapped: Any = get_peft_model(model, config)
     except (ValueError, TypeError, ImportError) as error:
@@ -74,7 +75,8 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
             why="the settings conflict with each other or with this model",
             fix="correct them: target_modules names layers of the model; r and lora_alpha are numbers",
         ) from error
-    adapter_in_float32(wrapped)
+    if adapter_in_float32(wrapped):
+        _draw_again(wrapped, config, random_state)
     try:
         _require_same(
             wrapped, before,
@@ -96,6 +98,26 @@ def with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
         ) from error
     warn_of_fused_experts(wrapped, config)
     return wrapped  # type: ignore[no-any-return]
+
+
+def _draw_again(wrapped: nn.Module, config: PeftConfig, random_state: Tensor) -> None:
+    """Draw the random weights of a LoRA adapter in float32, from the same random state.
+
+    PEFT draws them in the dtype of the base. An engine that keeps a bfloat16 base in float32 would otherwise
+    start from other values.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    start = getattr(config, "init_lora_weights", None)
+    if start is not True and start != "gaussian":
+        return
+    if any(parameter.device.type != "cpu" for parameter in wrapped.parameters()):
+        return  # drawn from the state of another device
+    torch.set_rng_state(random_state)
+    layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        for name in layer.r:
+            layer.reset_lora_parameters(name, start)
 
 
 def _odd_targets(wrapped: nn.Module) -> list[str]:

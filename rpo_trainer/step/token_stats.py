@@ -7,7 +7,6 @@ Shapes: `N` tokens, `t` tokens of a tile, `w` vocabulary entries of a tile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -16,9 +15,10 @@ from torch import Tensor
 _SMALLEST = -200.0  # e to this power is 0 in float32, and below the resolution of float64
 
 
-@dataclass
 class TokenStats:
     """The results of a forward pass for its tokens; None before it.
+
+    Not a dataclass: FSDP copies those among the inputs of a model, and the results would be in the copy.
 
     Attributes:
         with_mean: whether `mean_logit` is computed.
@@ -27,11 +27,12 @@ class TokenStats:
         mean_logit: `[N]`, mean of the logits over the vocabulary.
     """
 
-    with_mean: bool = False
-    correct: Tensor | None = None
-    entropy: Tensor | None = None
-    mean_logit: Tensor | None = None
-    _running: Running | None = field(default=None, repr=False)
+    def __init__(self, with_mean: bool = False) -> None:
+        self.with_mean = with_mean
+        self.correct: Tensor | None = None
+        self.entropy: Tensor | None = None
+        self.mean_logit: Tensor | None = None
+        self._running: Running | None = None
 
     def begin(self, tokens: int, dtype: torch.dtype, device: torch.device) -> Running:
         """Return the sums over the tiles that follow."""

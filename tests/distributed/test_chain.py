@@ -115,7 +115,7 @@ def test_killed_then_stopped_then_gone_on(
         if engine == "zero3":
             _, output = start(tmp_path, ranks=1)
             assert exits(tmp_path)[0] == "2"
-            assert "was written by zero3 on 2 ranks, and this is zero3 on 1" in output
+            assert "[run.other-engine]" in output and "zero3 on 2" in output
             launched(by_launcher("deepspeed", "--num_gpus"), tmp_path)
         else:
             launched(by_launcher("torchrun", "--nproc_per_node"), tmp_path)
@@ -144,7 +144,7 @@ def test_stopped_all_at_once_and_gone_on(straight: Any, tmp_path: Path, injected
     ("fault", "code", "message"),
     [
         ("missing", "3", "there is no such file on this host"),
-        ("fewer", "2", "the processes have made different examples of stage code"),
+        ("fewer", "2", "[run.different-examples]"),
         ("nan", "4", "[training.not-finite]"),
     ],
 )

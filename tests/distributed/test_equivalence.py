@@ -219,7 +219,9 @@ def test_half_precision_is_of_the_arithmetic_alone(engine: str, results: Any) ->
         found = results(engine)[name]
         assert found["optimizer_dtypes"] == {"torch.float32"}, name
         assert {w.dtype for w in found["weights"].values()} == {torch.float32}
-        rounded = [not torch.equal(w, w.bfloat16().float()) for w in found["weights"].values()]
+        # PEFT saves the frozen weight of the head, in bfloat16, with its adapter.
+        trained = [w for key, w in found["weights"].items() if "base_layer" not in key]
+        rounded = [not torch.equal(w, w.bfloat16().float()) for w in trained]
         assert all(rounded), name  # steps smaller than bfloat16 can take are kept
         if name != SMALL:
             whole = results(engine)[name.removesuffix(" bfloat16")]
@@ -238,6 +240,10 @@ def test_the_ranks_see_different_rows_and_all_of_them(engine: str, results: Any)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_reference_cache_is_that_of_one_process(engine: str, results: Any) -> None:
     for name, mine, one in pairs_of(engine, results):
+        if engine.startswith("zero") and "LoRA" in name and "bfloat16" in name:
+            # DeepSpeed keeps the rounded base in float32: the same log-probs under another key.
+            for found in (mine, one):
+                found["references"] = {row: v for (_, row), v in found["references"].items()}
         assert mine["references"].keys() == one["references"].keys()
         if name.startswith(("sft", "reward")):
             continue

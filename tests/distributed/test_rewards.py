@@ -49,7 +49,7 @@ def test_two_ranks_write_the_file_of_one(tmp_path: Path) -> None:
     interrupted(two, command, slice(2, 5))
     said = together(*command, two)
     assert two.read_bytes() == one.read_bytes()
-    assert said.count("20 responses to 10 prompts") == 1 and "3 of 10 rows are sampled" in said
+    assert said.count("20 responses to 10 prompts") == 1 and "3 of 10 rows already sampled" in said
 
     command = ["score", one, "--model", save_model(tmp_path / "rm"), "--batch-tokens", 60, "-o"]
     one, two = tmp_path / "one-scored.jsonl", tmp_path / "two-scored.jsonl"

@@ -284,8 +284,10 @@ LINUX = pytest.mark.skipif(
 def test_a_process_that_trains_holds_what_was_planned(
     name: str, start: str, record_property: Any
 ) -> None:
+    # Beside what is planned, the process keeps buffers of bfloat16 products (benchmarks/README.md).
+    buffers = 100 * 2**20 if name == "LoRA in bfloat16" else 0
     for held, planned in held_and_planned(SINGLE[name], start, record_property):
-        assert held == pytest.approx(planned, rel=0.15)
+        assert held == pytest.approx(planned + buffers, rel=0.15)
 
 
 @pytest.mark.slow
