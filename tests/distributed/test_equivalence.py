@@ -240,18 +240,20 @@ def test_the_ranks_see_different_rows_and_all_of_them(engine: str, results: Any)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_reference_cache_is_that_of_one_process(engine: str, results: Any) -> None:
     for name, mine, one in pairs_of(engine, results):
+        found, expected = mine["references"], one["references"]
         if engine.startswith("zero") and "LoRA" in name and "bfloat16" in name:
-            # DeepSpeed keeps the rounded base in float32: the same log-probs under another key.
-            for found in (mine, one):
-                found["references"] = {row: v for (_, row), v in found["references"].items()}
-        assert mine["references"].keys() == one["references"].keys()
+            # DeepSpeed keeps the rounded base in float32: the same log-probs under another content key.
+            found, expected = (
+                {row: logps for (_, row), logps in each.items()} for each in (found, expected)
+            )
+        assert found.keys() == expected.keys()
         if name.startswith(("sft", "reward")):
             continue
-        assert one["references"]
+        assert expected
         exact = "bfloat16" not in name
-        for key, value in one["references"].items():
+        for key, value in expected.items():
             off = 1e-4 if exact else 0.02 * abs(value)
-            assert mine["references"][key] == pytest.approx(value, abs=off), name
+            assert found[key] == pytest.approx(value, abs=off), name
         if "other reference" in name:
             assert mine["step_zero"] is None  # it is not what the policy starts from
             continue

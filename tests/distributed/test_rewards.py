@@ -57,7 +57,7 @@ def test_two_ranks_write_the_file_of_one(tmp_path: Path) -> None:
     interrupted(two, command, slice(0, 4))
     said = together(*command, two)
     assert two.read_bytes() == one.read_bytes()
-    assert said.count("10 rows scored:") == 1 and "4 of 10 rows are scored" in said
+    assert said.count("10 rows scored:") == 1 and "4 of 10 rows already scored" in said
     assert not [
         path for path in tmp_path.iterdir() if "partial" in path.name or "lock" in path.name
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,8 +43,14 @@ def test_rpo_follows_dpo() -> None:
 
 
 def test_what_differs_is_a_warning_once_where_it_has_its_default(
-    start: Any, make_config: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
+    start: Any,
+    make_config: Any,
+    tokenizer: Any,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     _warn_once.cache_clear()
     parsed = HfArgumentParser(SFTConfig)
     (from_parser,) = parsed.parse_args_into_dataclasses(
