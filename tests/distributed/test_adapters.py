@@ -124,7 +124,7 @@ def test_frozen_bfloat16_weights_below_float32_adapters(
         for key, tensor in alone.items():
             assert mine[key].dtype == torch.float32 or "base_layer" in key
             # Adam turns the rounding of small gradients into steps: single weights may differ by them.
-            assert (mine[key].float() - tensor.float()).abs().mean() < 0.01, (name, key)
+            assert (mine[key].float() - tensor.float()).abs().mean() < 0.02, (name, key)
     for record in tiny.records(tmp_path / "run").values():
         if record["kind"] != "sft":
             assert record["step0"]["ok"]
