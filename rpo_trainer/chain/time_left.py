@@ -39,9 +39,8 @@ class TimeLeft:
         self._current: Stage | None = None
         self._begun = 0.0  # when the current stage began
         self._first: tuple[float, int] | None = None  # time and number of its first step here
-        self._last: tuple[float, int, int] | None = (
-            None  # time, steps done and planned at the last step
-        )
+        # Time, steps done and steps planned at the last step.
+        self._last: tuple[float, int, int] | None = None
 
     def begin(self, name: str) -> None:
         """Start or resume a stage."""

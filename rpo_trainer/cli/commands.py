@@ -259,8 +259,9 @@ def _table(run_dir: Path) -> None:
     from rich.console import Console
 
     from rpo_trainer.report import status_view
+    from rpo_trainer.report.collect import collect_run
 
-    Console(highlight=False).print(status_view(run_dir))
+    Console(highlight=False).print(status_view(collect_run(run_dir)))
 
 
 def _show_messages(verbose: bool) -> None:

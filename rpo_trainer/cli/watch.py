@@ -57,7 +57,7 @@ def _in_terminal(console: Any, run_dir: Path, interval: float) -> None:
     end = ""
     with Live(console=console, auto_refresh=False) as live:
         for run in _readings(run_dir, interval):
-            live.update(status_view(run_dir), refresh=True)
+            live.update(status_view(run), refresh=True)
             end = _end(run)
     click.echo(end)
 

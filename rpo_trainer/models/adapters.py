@@ -242,9 +242,8 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, trainable: bool) -> nn.
         config = PeftConfig.from_pretrained(str(folder))
         require_supported_method(config)
         model: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=trainable)
-        if adapter_in_float32(
-            model
-        ):  # they were read into the dtype of the base, which rounds them
+        if adapter_in_float32(model):
+            # They were read into the dtype of the base, which rounds them.
             set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
         require_complete(model, folder)
     except KeyError as error:  # from PEFT, for a module that is saved in full

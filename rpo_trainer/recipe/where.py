@@ -10,7 +10,7 @@ from typing import Any
 
 from rpo_trainer.recipe.rules.chain import stage_names
 from rpo_trainer.recipe.schema import NOT_DEFAULTS, STAGE_KINDS, Recipe, Spec
-from rpo_trainer.recipe.yaml_document import Key
+from rpo_trainer.recipe.yaml_document import Key, value_at
 
 
 @dataclass
@@ -54,13 +54,7 @@ class Origins:
 
     def value(self, key: Key) -> Any:
         """Return the raw value at a key, or None."""
-        here = self.data
-        for part in key:
-            try:
-                here = here[part]
-            except (KeyError, IndexError, TypeError):
-                return None
-        return here
+        return value_at(self.data, key)
 
     def locate(self, where: str) -> str:
         """Replace `stages.NAME...` or `model...` at the start of a text by its file and line.

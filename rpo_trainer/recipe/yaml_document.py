@@ -52,6 +52,16 @@ class YamlProblem(Exception):
         self.what, self.line, self.fix, self.why = what, line, fix, why
 
 
+def value_at(data: Any, key: Key) -> Any:
+    """Return the value at a key of plain values, or None."""
+    for part in key:
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return data
+
+
 def plain_scalar(text: str) -> Any:
     """Return the value of an unquoted YAML 1.2 scalar: null, a boolean, a number or the text itself."""
     for pattern, convert in _CORE_SCHEMA:

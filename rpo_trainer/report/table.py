@@ -115,13 +115,8 @@ def _has_something(column: Column) -> bool:
     return any(cell.text != "–" for cell in column.cells)
 
 
-def status_view(run_dir: Path) -> Group:
-    """Return the table of all stages, followed by the last early warnings.
-
-    Raises:
-        RunError: `run_dir` is not a run directory.
-    """
-    run = collect_run(run_dir)
+def status_view(run: RunResults) -> Group:
+    """Return the table of all stages, followed by the last early warnings."""
     given = [(stage.name, early) for stage in run.stages for early in stage.record.warnings or ()]
     lines = [
         Text(

@@ -19,6 +19,7 @@ from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError, Problems, RPOTrainerError, RunError
 from rpo_trainer.recipe import expand_stages, load_recipe
 from rpo_trainer.report import build_report, status_view
+from rpo_trainer.report.collect import collect_run
 from tests.chain import tiny
 from tests.raising import raises
 from tests.rewards.server import Answer, serving
@@ -412,7 +413,7 @@ def test_the_baseline_from_before_the_run_is_measured_too(tmp_path: Path) -> Non
     assert page.index("model, before") < page.index('<span class="stage">code</span>')
     console = Console(width=200)
     with console.capture() as shown:
-        console.print(status_view(run_dir))
+        console.print(status_view(collect_run(run_dir)))
     assert shown.get().index("model, before") < shown.get().index("\ncode ")
 
 

@@ -8,19 +8,11 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.cli import commands as cli
 from rpo_trainer.recipe.yaml_document import dump
+from tests.cli.helpers import call
 
 TEMPLATE = "{% for m in messages %}{{ m.role + ': ' + m.content + eos_token }}{% endfor %}"
 GENERATION = "{% if add_generation_prompt %}assistant: {% endif %}"
-
-
-def call(*words: str | Path) -> int:
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(word) for word in words])
-    code = end.value.code
-    assert isinstance(code, int)
-    return code
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from rpo_trainer.recipe.convert.draft import Draft
 from rpo_trainer.recipe.convert.foreign_config import ForeignConfig, reasons
 from rpo_trainer.recipe.yaml_document import Key
 
+STAGE: Key = ("stages", 0)  # a converted recipe has one stage
 _COUNTED_BYTES = 2**30  # the rows of larger files are not counted
 # Fields of a stage with the same meaning and name.
 _SAME = ("weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm")
@@ -349,6 +350,18 @@ class Arguments:
 
     def _put_argument(self, name: str, value: Any, comment: str) -> None:
         self.draft.put((*self.stage, "training_args", name), value, comment)
+
+
+def put_eval_fraction(config: ForeignConfig, draft: Draft, key: str) -> None:
+    """Convert the size of the held-out part; a number of rows has no counterpart."""
+    size = config.number(key, 0.0)
+    if 0 < size < 1:
+        draft.put((*STAGE, "data", "eval_fraction"), float(size), key)
+    elif size >= 1:
+        config.leave_out(
+            key,
+            "a number of rows; set `data.eval_fraction`, a fraction of the prompts, in its place",
+        )
 
 
 def put_dtype(config: ForeignConfig, draft: Draft, default: str, reason: str) -> None:

@@ -9,17 +9,17 @@ from rpo_trainer.recipe.convert.adapters import LoraNames, put_lora
 from rpo_trainer.recipe.convert.arguments import (
     LEFT_OUT,
     NOT_NEEDED,
+    STAGE,
     Arguments,
     Defaults,
     put_dtype,
+    put_eval_fraction,
 )
 from rpo_trainer.recipe.convert.axolotl_data import convert_sources
 from rpo_trainer.recipe.convert.draft import Draft
 from rpo_trainer.recipe.convert.foreign_config import ForeignConfig, reasons
 from rpo_trainer.recipe.convert.paths import Paths
-from rpo_trainer.recipe.yaml_document import Key
 
-STAGE: Key = ("stages", 0)
 _INSTEAD = {
     "kto": "pair a good response with a bad one for each prompt, and use `rl: dpo`",
     "orpo": "use `rl: dpo` with `rpo_alpha`, which needs a reference model",
@@ -215,14 +215,7 @@ def _data(config: ForeignConfig, paths: Paths, draft: Draft, kind: str) -> list[
     held_out, _ = convert_sources(config, "test_datasets", paths, pairs=pairs)
     if held_out:
         draft.put((*STAGE, "data", "eval"), held_out, "test_datasets")
-    size = config.number("val_set_size", 0.0)
-    if 0 < size < 1:
-        draft.put((*STAGE, "data", "eval_fraction"), float(size), "val_set_size")
-    elif size >= 1:
-        config.leave_out(
-            "val_set_size",
-            "a number of rows; set `data.eval_fraction`, a fraction of the prompts, in its place",
-        )
+    put_eval_fraction(config, draft, "val_set_size")
     return files
 
 

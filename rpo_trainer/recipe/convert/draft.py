@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rpo_trainer.recipe.yaml_document import Key, dump, parse
+from rpo_trainer.recipe.yaml_document import Key, dump, parse, value_at
 
 
 @dataclass
@@ -39,13 +39,7 @@ class Draft:
 
     def get(self, key: Key) -> Any:
         """Return the value at a key, or None."""
-        here: Any = self.values
-        for part in key:
-            try:
-                here = here[part]
-            except (KeyError, IndexError, TypeError):
-                return None
-        return here
+        return value_at(self.values, key)
 
     def remove(self, key: Key) -> None:
         """Remove a key, and mappings above it that become empty."""

@@ -9,17 +9,17 @@ from rpo_trainer.recipe.convert.adapters import LoraNames, put_lora
 from rpo_trainer.recipe.convert.arguments import (
     LEFT_OUT,
     NOT_NEEDED,
+    STAGE,
     Arguments,
     Defaults,
     put_dtype,
+    put_eval_fraction,
 )
 from rpo_trainer.recipe.convert.dataset_info import DatasetInfo
 from rpo_trainer.recipe.convert.draft import Draft
 from rpo_trainer.recipe.convert.foreign_config import ForeignConfig, reasons
 from rpo_trainer.recipe.convert.paths import Paths
-from rpo_trainer.recipe.yaml_document import Key
 
-STAGE: Key = ("stages", 0)
 _KINDS = {"sft": "sft", "dpo": "dpo", "rm": "reward"}
 _INSTEAD = {
     "pt": ("pretraining (`stage: pt`)",
@@ -201,14 +201,7 @@ def _data(config: ForeignConfig, paths: Paths, draft: Draft, kind: str) -> list[
     draft.put((*STAGE, "data", "train"), sources, "dataset")
     if held_out:
         draft.put((*STAGE, "data", "eval"), held_out, "eval_dataset")
-    size = config.number("val_size", 0.0)
-    if 0 < size < 1:
-        draft.put((*STAGE, "data", "eval_fraction"), float(size), "val_size")
-    elif size >= 1:
-        config.leave_out(
-            "val_size",
-            "a number of rows; set `data.eval_fraction`, a fraction of the prompts, in its place",
-        )
+    put_eval_fraction(config, draft, "val_size")
     return files
 
 

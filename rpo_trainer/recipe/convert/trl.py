@@ -10,6 +10,7 @@ from rpo_trainer.recipe.convert.adapters import LoraNames, put_lora
 from rpo_trainer.recipe.convert.arguments import (
     LEFT_OUT,
     NOT_NEEDED,
+    STAGE,
     Arguments,
     Defaults,
     put_dtype,
@@ -17,9 +18,7 @@ from rpo_trainer.recipe.convert.arguments import (
 from rpo_trainer.recipe.convert.draft import Draft
 from rpo_trainer.recipe.convert.foreign_config import ForeignConfig, reasons
 from rpo_trainer.recipe.convert.paths import Paths
-from rpo_trainer.recipe.yaml_document import Key
 
-STAGE: Key = ("stages", 0)
 _RATES = {"sft": 2e-5, "dpo": 1e-6, "reward": 1e-4}
 # Keys that only DPO configs have, and those that only SFT configs have.
 _OF_DPO = {"beta", "label_smoothing", "ref_model_name_or_path", "rpo_alpha", "loss_weights",
