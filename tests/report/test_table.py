@@ -22,6 +22,10 @@ def printed(run_dir: Any, width: int = 80, view: Callable[[Any], Any] = summary_
     return console.file.getvalue()
 
 
+def status_of(run_dir: Path) -> Any:
+    return status_view(collect_run(run_dir))
+
+
 def test_the_table_has_all_figures_within_80_columns(make_run: Make) -> None:
     text = printed(make_run())
     row = next(line for line in text.splitlines() if line.startswith("rpo-1"))
@@ -186,7 +190,7 @@ def test_a_status_is_one_screen_with_the_last_warnings(make_run: Make, make_stag
         return {"step": step, "text": f"margins are {step}", "advice": "raise beta"}
 
     stages = [make_stage("dpo", "dpo", warnings=[warning(step) for step in range(10, 70, 10)])]
-    text = printed(make_run(stages=stages, metrics=[]), view=status_view)
+    text = printed(make_run(stages=stages, metrics=[]), view=status_of)
     assert "2 earlier warnings (see rpo-trainer report)" in text
     assert "dpo, step 60: margins are 60. Try: raise beta." in text
     assert "margins are 30" in text and "margins are 20" not in text
@@ -195,4 +199,4 @@ def test_a_status_is_one_screen_with_the_last_warnings(make_run: Make, make_stag
 
 def test_a_status_without_warnings_is_the_table(make_run: Make) -> None:
     run_dir = make_run()
-    assert printed(run_dir, view=status_view) == printed(run_dir)
+    assert printed(run_dir, view=status_of) == printed(run_dir)

@@ -33,6 +33,7 @@ LIBRARIES = (
     "subprocess", "multiprocessing.pool", "multiprocessing.shared_memory", "torch.distributed",
     "transformers", "accelerate", "datasets", "peft",
 )  # fmt: skip
+OPTIONAL = ("triton",)  # torch's builds for GPUs bring it; the head's kernels are used with it alone
 _ELSEWHERE = ("rpo_trainer.rewards.verifiers.sandbox", "rpo_trainer.__main__")  # programs
 
 
@@ -60,9 +61,15 @@ def import_all() -> None:
     import rpo_trainer
 
     for found in pkgutil.walk_packages(rpo_trainer.__path__, "rpo_trainer."):
-        if not found.name.startswith(_ELSEWHERE):
+        if found.name.startswith(_ELSEWHERE):
+            continue
+        try:
             importlib.import_module(found.name)
-            print("imported", found.name)
+        except ModuleNotFoundError as error:
+            if error.name not in OPTIONAL:
+                raise
+            print("not installed", error.name, file=sys.stderr)
+        print("imported", found.name)
 
 
 def main(command: str, *words: str) -> None:
