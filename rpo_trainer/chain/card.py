@@ -176,7 +176,7 @@ def _template(stage: Stage, recipe: Recipe) -> list[list[str]]:
     for source in stage.data.train:
         name = Path(source.path).name if source.path else source.task
         levels.append((f"chat template variables, rows of {name}", source.chat_template_kwargs))
-    return [[label, f"`{kwargs_key(given)}`"] for label, given in levels if given]
+    return [[label, f"`{kwargs_key(kwargs)}`"] for label, kwargs in levels if kwargs]
 
 
 def _measured(record: EvaluationRecord) -> list[str]:

@@ -43,10 +43,10 @@ def check_run_dir(run_dir: Path) -> None:
         others = (
             [p for p in run_dir.iterdir() if not p.name.startswith(".")] if run_dir.is_dir() else []
         )
-        ours = (run_dir / CHAIN_FILE).is_file()
+        is_run_dir = (run_dir / CHAIN_FILE).is_file()
     except (OSError, ValueError) as error:
         raise _unusable("read", error, run_dir) from error
-    if others and not ours:
+    if others and not is_run_dir:
         raise RunError(
             f"not an rpo-trainer run directory: contains {others[0].name}",
             code="run.not-a-run-directory",

@@ -66,7 +66,7 @@ def made(
     policies: Any = SimpleNamespace(sampling_policy=policy, weights_key=weights)
     scored = ScoredRows(of_run, run or folder, policies)
     stage = found[name]
-    return of_run.rows(stage, Audit(), made=scored.rows(stage, Audit()))
+    return of_run.rows(stage, Audit(), scored_rows=scored.rows(stage, Audit()))
 
 
 def no_policy(*_: Any) -> Any:

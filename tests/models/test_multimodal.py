@@ -33,7 +33,7 @@ from rpo_trainer.models.loading import (
 )
 from rpo_trainer.models.multimodal import random_model, text_decoder, tower_parameters
 from rpo_trainer.models.preload_checks import check_towers, check_unread
-from rpo_trainer.models.saved_files import write_beside
+from rpo_trainer.models.saved_files import write_auto_class_files
 from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.packing import pack
 from rpo_trainer.trainers.engine import may_be_unused
@@ -345,7 +345,7 @@ def test_a_text_config_that_no_auto_class_knows(tmp_path: Path) -> None:
     assert isinstance(text_decoder(model), nn.Module)
     # The output is read by an Auto class too: its configuration is the whole one that stands for this part.
     model.save_pretrained(tmp_path / "out")
-    write_beside(model, tmp_path / "out")
+    write_auto_class_files(model, tmp_path / "out")
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert type(again) is Emu3ForCausalLM and not any(info.values())
     assert again.config.to_diff_dict()["vocab_size"] == model.config.vocab_size

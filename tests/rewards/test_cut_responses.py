@@ -89,7 +89,7 @@ def test_stages_keep_it(generated: Path, tmp_path: Path, kind: str) -> None:
     preparer = StagePreparer(tiny.load(tmp_path, recipe))
     stage = next(stage for stage in preparer.stages if stage.kind == kind)
     rows = [{**row, "source": "s"} for row in read(generated)]
-    found = trained(preparer.prepare(stage, made=rows).train)
+    found = trained(preparer.prepare(stage, scored_rows=rows).train)
     known = ended(generated)
     assert found and found == {key: known[key] or kind == "reward" for key in found}
 

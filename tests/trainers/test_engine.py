@@ -87,7 +87,7 @@ def test_an_engine_that_has_not_started_is_refused(
 ):
     if variable is not None:
         monkeypatch.setenv(variable, "true")
-    assert engine.asks_for_shards(given) == (name is not None)
+    assert engine.requests_sharding(given) == (name is not None)
     if name is None:
         engine.check_engine(arguments(**given), NONE)
         return
