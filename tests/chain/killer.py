@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-MARKER = "reached"  # beside the run directory: the point was reached
+MARKER = "reached"  # next to the run directory: the point was reached
 
 
 class Killed(BaseException):
-    """Not an Exception: nobody catches it, as nobody catches SIGKILL."""
+    """Not an Exception, so that nothing catches it, as nothing catches SIGKILL."""
 
 
 @contextlib.contextmanager
 def at(point: str, action: Callable[[], None]) -> Iterator[None]:
-    """Calls `action` when the run reaches `point`."""
+    """Call `action` when the run reaches `point`."""
     name, _, where = point.partition(":")
     with contextlib.ExitStack() as stack:
         for patch in _PATCHES[name](where, action):
@@ -92,7 +92,7 @@ def _generated(batches: str, action: Callable[[], None]) -> list[Any]:
 
 def _file(path: str, action: Callable[[], None]) -> list[Any]:
     import builtins
-    import io  # what pathlib opens with
+    import io  # pathlib opens with this function
 
     import safetensors.torch
     import torch
@@ -100,7 +100,7 @@ def _file(path: str, action: Callable[[], None]) -> list[Any]:
 
     def check(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
         if str(file).endswith(path):
-            half = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # not by what is patched
+            half = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # not through the patched function
             os.write(half, b"half of a file")
             os.close(half)
             action()
@@ -165,7 +165,7 @@ _PATCHES = {
 
 
 def run_until(point: str, run: Callable[[], object]) -> None:
-    """Runs in this process until `point`; fails if it is not reached."""
+    """Run in this process until `point`; fails if it is not reached."""
 
     def kill() -> None:
         raise Killed

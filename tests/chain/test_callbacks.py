@@ -1,4 +1,4 @@
-"""Signals and metrics of a stage in training."""
+"""Signals and metrics of a stage during training."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_signal_whose_error_was_swallowed_is_not_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Noisy:
-        def __del__(self) -> None:  # errors in finalisers are only printed
+        def __del__(self) -> None:  # errors in finalizers are only printed
             send()
 
     stop = StopOnSignal()

@@ -1,4 +1,4 @@
-"""Log lines on the data of stages: all of them once, one line for a stage with the same data."""
+"""Log lines about the data of stages: each is logged once, in one line for stages with the same data."""
 
 from __future__ import annotations
 
