@@ -1,15 +1,15 @@
-"""Ends a run at a point of one's choice: by an exception, or, in a process of its own, by SIGKILL.
+"""Ends a run at a given point: by an exception, or in a separate process by SIGKILL.
 
-Points, each of which is reached once at most:
+Points, each of which is reached at most once:
 
     begin:STAGE          before the stage does anything
     step:STAGE:N         in training, N steps done
     generated:N          N batches of responses sampled, in all stages together
-    file:PATH            a file of that path is about to be written, half of it is there
+    file:PATH            a file of that path is being written, and half of it exists
     replace:PATH         a staged file or folder is about to be renamed to it
-    replaced:PATH        it has just been
+    replaced:PATH        it has just been renamed
     saved:STAGE:STATE    chain.json has just been written with the stage in that state
-    evaluated:STAGE      held-out examples have been evaluated behind training, nothing is written yet
+    evaluated:STAGE      held-out examples have been evaluated after training, nothing is written yet
 """
 
 from __future__ import annotations
