@@ -1,7 +1,6 @@
 """Files that the documentation calls ./base-model, ./model, pairs.jsonl and so on, created for the tests.
 
-The questions are sums with one figure for an answer, so that a verifier of numbers can score what a
-model says.
+The questions are sums with a one-digit answer, so that a numeric verifier can score the responses.
 """
 
 from __future__ import annotations

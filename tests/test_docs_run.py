@@ -22,7 +22,7 @@ from tests.documents import ROOT, SHIPPED, TOLD, blocks, code, commands, name_of
 
 
 def without_launcher(command: str) -> str:
-    """The same for one process."""
+    """The environment for one process."""
     return re.sub(
         r"^(accelerate launch|torchrun|deepspeed)\b.*?rpo_trainer ", "rpo-trainer ", command
     )
@@ -58,7 +58,7 @@ def test_there_are_commands_to_test() -> None:
 
 
 def fields() -> set[str]:
-    """Every name that a recipe knows."""
+    """Return every name that a recipe can contain."""
     found = {"kind", "peft"}
     for value in vars(schema).values():
         if isinstance(value, type) and issubclass(value, BaseModel):

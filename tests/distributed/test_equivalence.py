@@ -126,7 +126,7 @@ def alone_cases_of(engine: str) -> dict[str, Case]:
 
 
 def limits(name: str) -> dict[str, float]:
-    """Tolerances of `difference`. bfloat16 has 8 bits, and FSDP casts more than autocast; weights move by 2e-2."""
+    """Tolerances of `difference`. bfloat16 has 8 bits, FSDP casts more; weights move by 2e-2."""
     if "bfloat16" not in name:
         return dict.fromkeys(("loss", "means", "weights"), 1e-5)
     return {"loss": 5e-3, "means": 2e-2, "weights": 4e-6 if name == SMALL else 5e-3}

@@ -1,4 +1,4 @@
-"""Configs of LLaMA-Factory, Axolotl and TRL become recipes; what has no counterpart is listed."""
+"""Configs of LLaMA-Factory, Axolotl and TRL become recipes; settings without a counterpart are listed."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_llama_factory_dpo(convert: Convert) -> None:
     assert {"mystery"} == keys(converted.left_out)
     assert {"template", "output_dir", "gradient_accumulation_steps"} == keys(converted.differences)
     assert "do_train" in keys(converted.not_needed)
-    assert "mystery: 3" in converted.text  # a comment, so that the file says it too
+    assert "mystery: 3" in converted.text  # a comment, so that the file contains it too
 
 
 def test_defaults_of_llama_factory_are_written_out(convert: Convert) -> None:

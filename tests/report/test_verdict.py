@@ -83,7 +83,7 @@ def test_overshooting_the_target_is_a_warning(make_run: Make, make_preference_ro
 def test_a_gap_far_below_its_target_is_amber_with_what_to_change(
     make_run: Make, make_preference_rows: Make
 ) -> None:
-    # Ends at 0.9625 of 0.25 · (1 + 3) = 0.9625, with a target of 2.5; 2.4 times that is enough.
+    # Ends at 0.9625 of 0.25 · (1 + 3) = 0.9625, with a target of 2.5; 2.4 times the gap is enough.
     rows = make_preference_rows("rpo-1", delta=1.0, rejected=-3.0, beta=0.25)
     run = collect_run(make_run(metrics=rows))
     finding = about(run, "rpo-1", "gap-short")

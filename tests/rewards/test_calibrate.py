@@ -1,4 +1,4 @@
-"""η: fitted to labels, fitted to gaps, and what it does to them."""
+"""η: fitted to labels, fitted to gaps, and its effect on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a response has ended goes through files, endpoints, previews and stages to the tokens."""
+"""Whether a response is truncated is passed on by files, endpoints, previews and stages to the tokens."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_files_keep_it(generated: Path, tmp_path: Path, select: str) -> None:
 
 @pytest.mark.parametrize("kind", ["dpo", "rpo", "reward"])
 def test_stages_keep_it(generated: Path, tmp_path: Path, kind: str) -> None:
-    """Rows that a run has made; a reward model is trained on what it scores, texts with their end."""
+    """Rows generated in a run; a reward model is trained on what it scores, texts with their end."""
     recipe = tiny.tiny_recipe()
     reward = {"name": "judge", "kind": "reward", "objective": "bradley_terry"}
     recipe["stages"].append({**reward, "data": {"responses_from": "dpo", "pairs": {}}})

@@ -1,4 +1,4 @@
-"""What `score`, `generate` and `calibrate` make of the rows of a file, and what they say of them."""
+"""The rows that `score`, `generate` and `calibrate` read from a file, and their warnings."""
 
 from __future__ import annotations
 

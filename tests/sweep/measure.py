@@ -1,9 +1,9 @@
 """Compares the results of the trainers for one family of models with plain forwards.
 
-The reference is a copy of the model in float64 with eager attention and experts, called with one response at a
-time; if that copy computes another function (`truth`: float32), it is the model's own forward. Compared are the
-log-probs and the gradient of one DPO step, of an adapter on `all-linear`, and of a reward model; a saved model
-is loaded again.
+The reference is a copy of the model in float64 with eager attention and experts, called with one response
+at a time; if that copy computes another function (`truth`: float32), it is the model's own forward. Compared
+are the log-probs and the gradient of one DPO step, of an adapter on `all-linear`, and of a reward model; a
+saved model is loaded again.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def make_pairs(wide: bool) -> list[dict[str, Any]]:
     ]
 
 
-# --- the truth ---
+# --- the reference ---
 
 
 def _exact(model: Any) -> Any:

@@ -1,4 +1,4 @@
-"""docs/models.md is that of the pinned transformers, and what it says of families is what they do."""
+"""docs/models.md is up to date with the pinned transformers, and describes what families do."""
 
 from __future__ import annotations
 
