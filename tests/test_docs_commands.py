@@ -362,7 +362,7 @@ def test_what_is_not_run_is_in_the_documents_and_what_has_words_of_its_own_too()
     }
 
 
-def test_every_command_is_run_or_it_is_said_why_not() -> None:
+def test_every_command_is_run_or_has_a_reason_not_to() -> None:
     to_run = [*IN_TEXT, *(command for found in PAGES.values() for command in found)]
     assert len(to_run) > 35
     assert [command for command in to_run if command.split()[0] not in PROGRAMS] == []

@@ -100,7 +100,9 @@ def _file(path: str, action: Callable[[], None]) -> list[Any]:
 
     def check(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
         if str(file).endswith(path):
-            half = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # not through the patched function
+            half = os.open(
+                file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            )  # not through the patched function
             os.write(half, b"half of a file")
             os.close(half)
             action()

@@ -173,7 +173,7 @@ def test_the_base_of_an_adapter_is_watched(kept: Path, tmp_path: Path) -> None:
         tiny.run(tmp_path, adapted("code", KEEP))
 
 
-def test_merge_true_writes_the_merged_model_besides(
+def test_merge_true_writes_the_merged_model_too(
     kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.cut_before(kept, tmp_path / "run", "rpo-1")

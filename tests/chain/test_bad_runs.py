@@ -197,9 +197,7 @@ def test_resume_with_another(case: str, again: Path, straight: Path) -> None:
     assert noted["key"] == key and noted["when"]
     # It is used from here on; a template does not affect plain-text rows.
     assert (tiny.weights(run_dir) != tiny.weights(straight)) == (case != "template")
-    assert (
-        tiny.run(again, change(recipe_of(again))) == run_dir
-    )  # the next start sees no difference
+    assert tiny.run(again, change(recipe_of(again))) == run_dir  # the next start sees no difference
 
 
 def test_resume_with_another_text_in_the_template(again: Path) -> None:

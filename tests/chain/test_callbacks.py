@@ -65,7 +65,7 @@ def test_a_second_signal_ends_it_at_once() -> None:
         assert "SIGINT" in error.value.what
 
 
-def test_behind_the_output_signals_end_the_run_again() -> None:
+def test_after_the_output_signals_end_the_run_again() -> None:
     stop = StopOnSignal()
     with stop.installed():
         stop.on_train_begin(None, state(), TrainerControl())

@@ -71,7 +71,7 @@ def test_a_new_finding_brings_all_lines(
     assert "blank" in again[1].getMessage() and "blank" not in first[1].getMessage()
 
 
-def test_other_data_is_told_in_full(
+def test_other_data_is_reported_in_full(
     stages: dict[str, Stage], caplog: pytest.LogCaptureFixture
 ) -> None:
     data = DataLog()

@@ -171,7 +171,7 @@ def test_a_damaged_reference_cache_is_computed_again(
     injected("reference cache of dpo, cut", "survived")
 
 
-def test_a_line_of_metrics_that_was_cut_is_mended(
+def test_a_line_of_metrics_that_was_cut_is_repaired(
     finished: Path, prefix: Any, tmp_path: Path, injected: Injected
 ) -> None:
     run_dir = prefix(tmp_path, "dpo")
@@ -315,7 +315,7 @@ def test_stopped_by_a_signal_outside_of_training(
 @pytest.mark.parametrize(
     "point", ["evaluated:code", pytest.param("replace:code/final", marks=pytest.mark.slow)]
 )
-def test_behind_the_last_step_the_output_is_still_written(
+def test_after_the_last_step_the_output_is_still_written(
     point: str, finished: Path, tmp_path: Path, injected: Injected
 ) -> None:
     recipe = tiny.tiny_recipe()

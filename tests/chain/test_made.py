@@ -107,7 +107,9 @@ def test_several_policies_and_endpoints_with_a_judge(
         if count == 0:
             return refused(503)
         if "prompt" in request:
-            return Answer("x" * (request["seed"] % 7 + 6))  # longer than the policies' responses can be
+            return Answer(
+                "x" * (request["seed"] % 7 + 6)
+            )  # longer than the policies' responses can be
         return by_length(request, count)
 
     with serving(answer) as server:
@@ -166,7 +168,7 @@ def test_an_endpoint_that_refuses_leaves_a_run_that_goes_on(tmp_path: Path) -> N
         ({"verifier": "instructions"}, "verifier.missing-column", "`instruction_id_list`"),
     ],
 )
-def test_what_can_be_known_is_said_before_the_run(
+def test_what_can_be_known_is_reported_before_the_run(
     score: dict[str, Any], code: str, shown: str, tmp_path: Path
 ) -> None:
     write_pairs(tmp_path)

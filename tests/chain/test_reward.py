@@ -168,7 +168,10 @@ def test_a_reward_stage_may_go_on_from_another(tmp_path: Path) -> None:
     del recipe["eval"]
     folder = run(tmp_path, recipe)
     config = json.loads((folder / "more" / "final" / "config.json").read_text())
-    assert config["reward_weights"] == {"right": 1.0, "long": -0.25}  # the weights that it started with
+    assert config["reward_weights"] == {
+        "right": 1.0,
+        "long": -0.25,
+    }  # the weights that it started with
     heads = [
         AutoModelForSequenceClassification.from_pretrained(folder / name / "final").score.weight
         for name in ("rated", "more")

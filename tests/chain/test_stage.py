@@ -240,7 +240,10 @@ def test_the_evaluation_is_of_the_weights_that_are_the_output(tmp_path: Path) ->
     }  # fmt: skip
     run_dir = tiny.run(tmp_path, recipe)
     lines = [m for m in tiny.metrics(run_dir) if "eval_loss" in m]
-    steps = [*range(tiny.SFT_STEPS + 1), tiny.SFT_STEPS]  # the last line belongs to the loaded weights
+    steps = [
+        *range(tiny.SFT_STEPS + 1),
+        tiny.SFT_STEPS,
+    ]  # the last line belongs to the loaded weights
     assert [line["step"] for line in lines] == steps
     losses = [line["eval_loss"] for line in lines]
     assert min(losses[1:-1]) < losses[-2]

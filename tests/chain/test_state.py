@@ -330,7 +330,7 @@ def test_a_read_only_directory_is_refused(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
-def test_a_file_system_that_refuses_is_told(
+def test_a_file_system_that_refuses_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -354,7 +354,7 @@ def test_a_directory_in_use_names_its_holder(tmp_path: Path) -> None:
         pass
 
 
-def test_an_error_is_told_where_the_directory_is_gone(tmp_path: Path) -> None:
+def test_an_error_is_reported_where_the_directory_is_gone(tmp_path: Path) -> None:
     folder = tmp_path / "run"
 
     def fail() -> None:
@@ -388,7 +388,7 @@ def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
 # --- metrics ---
 
 
-def test_metrics_behind_the_step_gone_on_from_are_forgotten(tmp_path: Path) -> None:
+def test_metrics_after_the_step_resumed_from_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     forget_metrics(path, "a", 2)  # nothing there yet
     assert not path.exists()

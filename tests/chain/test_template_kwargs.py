@@ -158,7 +158,7 @@ def test_tasks_of_lm_eval_are_rendered_with_them(
     assert given["chat_template_args"] == {"mode": "a"}
 
 
-def test_a_generation_prompt_that_training_does_not_have_is_said(tmp_path: Path) -> None:
+def test_a_generation_prompt_that_training_does_not_have_is_reported(tmp_path: Path) -> None:
     recipe = recipe_with(tmp_path)
     recipe["stages"] = recipe["stages"][:1]
     opened = TEMPLATE.replace("}a:{%", "}a:{{ '<t>' if size }}{%")

@@ -174,7 +174,7 @@ def test_orca_rows_are_named(init: Any, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_trained_on_is_said(
+def test_what_cannot_be_trained_on_is_reported(
     data: list[str], more: list[str], code: str, init: Any, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip

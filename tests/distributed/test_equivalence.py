@@ -225,7 +225,9 @@ def test_half_precision_is_of_the_arithmetic_alone(engine: str, results: Any) ->
         assert all(rounded), name  # steps below the resolution of bfloat16 are kept
         if name != SMALL:
             whole = results(engine)[name.removesuffix(" bfloat16")]
-            assert found["losses"][0]["loss"] != whole["losses"][0]["loss"]  # the frozen weight was bfloat16
+            assert (
+                found["losses"][0]["loss"] != whole["losses"][0]["loss"]
+            )  # the frozen weight was bfloat16
 
 
 @pytest.mark.parametrize("engine", ENGINES)

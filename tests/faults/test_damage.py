@@ -195,7 +195,7 @@ def test_chain_json(harm: Harm, again: Path, expected: dict[str, str], injected:
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", pytest.param("recipe.yaml", marks=pytest.mark.slow)]
 )
-def test_what_is_only_told(
+def test_files_that_only_report(
     name: str, harm: Harm, again: Path, expected: dict[str, str], injected: Injected
 ) -> None:
     harm(again / "run" / name, drawn(harm, name))

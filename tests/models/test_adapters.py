@@ -389,7 +389,7 @@ def test_an_adapter_is_read_back(saved: Path) -> None:
     assert logps(model).shape == expected.shape
 
 
-def test_what_cannot_be_read_is_said(saved: Path) -> None:
+def test_what_cannot_be_read_is_reported(saved: Path) -> None:
     with raises("adapter.cannot-load", ModelError, where=str(saved)):
         adapters.load_adapter(make_model(hidden_size=64), saved, trainable=True)
     adapter_files.require_same_config(saved, {"r": 4, "target_modules": ["v_proj", "q_proj"]})
@@ -406,7 +406,7 @@ def test_what_cannot_be_read_is_said(saved: Path) -> None:
         adapter_files.base_of(saved)
 
 
-def test_other_files_beside_an_adapter(saved: Path) -> None:
+def test_other_files_next_to_an_adapter(saved: Path) -> None:
     make_model().config.save_pretrained(saved)  # as some programs save it
     save_file({"x": torch.ones(2)}, saved / "draft.safetensors")
     assert adapter_files.is_adapter(saved)

@@ -242,7 +242,7 @@ def test_a_classifier_may_keep_its_language_head(tmp_path: Path) -> None:
         load_weights(tmp_path / "rm", reward=True)
 
 
-def test_an_adapter_beside_a_model_is_not_loaded_with_it(saved: Path) -> None:
+def test_an_adapter_next_to_a_model_is_not_loaded_with_it(saved: Path) -> None:
     (saved / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     for load in (load_weights, LOADERS["a name"]):
         with raises("model.adapter-in-directory", ModelError):

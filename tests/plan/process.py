@@ -107,9 +107,7 @@ def train(settings: dict[str, Any]) -> None:
     trainer: Any = RewardTrainer if reward else DPOTrainer
     dtype = "bfloat16" if settings["frozen"] else "float32"  # below an adapter
     model = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype=dtype, **held)
-    for tensor in (
-        model.parameters() if held else ()
-    ):  # otherwise the quantized file stays mapped
+    for tensor in model.parameters() if held else ():  # otherwise the quantized file stays mapped
         tensor.data = tensor.data.clone()
     trainer(
         model=model,

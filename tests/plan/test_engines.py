@@ -52,7 +52,9 @@ def test_zero2_keeps_the_weights_and_shards_gradients_and_state() -> None:
 def test_zero3_shards_the_weights_too_and_offload_moves_them_to_the_host() -> None:
     found = per_device(MEMORY, "zero3", 4, half=True)
     assert (found.weights, found.gradients, found.optimizer, found.host) == (1000, 1000, 3000, 0)
-    assert found.gathered == (4000 + 4000) // 2  # such a small model is not split, and is one bucket
+    assert (
+        found.gathered == (4000 + 4000) // 2
+    )  # such a small model is not split, and is one bucket
     large = dataclasses.replace(MEMORY, parameters=4 * 10**10, gradients=4 * 10**10)
     assert per_device(large, "zero3", 4, half=False).gathered == 4 * 10**9 + 2 * 10**9
     away = per_device(MEMORY, "zero3_offload", 4, half=True)

@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_one_error_with_its_code_and_place(name: str, probl
     assert [word for word in words if word not in str(found)] == [], found
 
 
-def test_an_adapter_may_go_on_behind_a_reward_stage(load: Load) -> None:
+def test_an_adapter_may_continue_after_a_reward_stage(load: Load) -> None:
     peft = "    peft: {r: 4, between_stages: keep}\n"
     text = CHAIN.replace(
         "    data: {train: [{path: sft.jsonl}]}\n", peft + "    data: {train: [{path: s}]}\n"

@@ -165,7 +165,7 @@ def test_prompts_that_get_one_answer_again_and_again_are_no_alarm(
     assert finding.level == "info" and "temperature" in str(finding.advice)
 
 
-def test_what_several_stages_share_is_said_once(make_run: Make, make_stage: Make) -> None:
+def test_what_several_stages_share_is_reported_once(make_run: Make, make_stage: Make) -> None:
     def stage(name: str, remark: str) -> Any:
         return make_stage(name, "dpo", data={"audit": {"remarks": [remark, f"about {name}"]}})
 
@@ -180,7 +180,9 @@ def test_what_several_stages_share_is_said_once(make_run: Make, make_stage: Make
     ]
 
 
-def test_an_upload_that_failed_is_said_with_the_command(make_run: Make, make_stage: Make) -> None:
+def test_an_upload_that_failed_is_reported_with_the_command(
+    make_run: Make, make_stage: Make
+) -> None:
     failed = make_stage("sft", "sft", hub={"repo": "me/it", "error": "401: no such token"})
     done = make_stage("dpo", "dpo", init="sft", hub={"repo": "me/it-2", "commit": "c0ffee"})
     run = collect_run(make_run(stages=[failed, done]))

@@ -349,7 +349,7 @@ def test_responses_of_several_policies(tmp_path: Path, policies: list[Path]) -> 
     assert [r["responses"] for r in read(few)] != [r["responses"] for r in read(alone)][2:4]
 
 
-def test_the_ground_truth_beside_what_is_sampled(
+def test_the_ground_truth_next_to_what_is_sampled(
     tmp_path: Path, policies: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{**row, "ground_truth": f"truth {i}"} for i, row in enumerate(PROMPTS)]
@@ -377,7 +377,7 @@ def test_the_ground_truth_beside_what_is_sampled(
     assert "[data.missing-ground-truth]" in capsys.readouterr().err
 
 
-def test_rows_of_one_source_name_sample_alike_beside_other_rows(
+def test_rows_of_one_source_name_sample_alike_next_to_other_rows(
     tmp_path: Path, policies: list[Path]
 ) -> None:
     rows = [{**row, "source": "s"} for row in PROMPTS]

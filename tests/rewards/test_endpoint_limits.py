@@ -60,7 +60,7 @@ def test_a_server_that_drips_cannot_extend_the_deadline(part: str, status: int) 
     assert failed.value.service
 
 
-def test_the_deadline_starts_anew_with_each_request_of_a_connection() -> None:
+def test_the_deadline_restarts_with_each_request_of_a_connection() -> None:
     with serving(lambda *_: Answer("fine", stall=0.3)) as server:
         asked = endpoint(server, timeout=0.8)
         for _ in range(4):

@@ -142,7 +142,7 @@ def test_prompts_are_sampled_with_their_tools_and_calls(caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize("key", [*THINKING, "tool_calls"])
 @pytest.mark.parametrize("secret", ["", "sk-1234567890"])
-def test_what_answers_say_beside_their_text_is_counted(
+def test_other_content_of_answers_is_counted(
     key: str, secret: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", secret)

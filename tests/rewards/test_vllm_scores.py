@@ -154,7 +154,7 @@ def test_trouble_is_asked_again(trouble: Answer) -> None:
         assert scored(server, ROWS[:1], api="vllm_score", retries=2)[0]["rewards"][0] == 9.0
 
 
-def test_what_is_not_sent_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_not_sent_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     rows = [{**ROWS[0], "tools": [{"name": "f"}], "chat_template_kwargs": {"x": 1}}]
     with serving(vllm) as server, caplog.at_level(logging.WARNING):
         scored(server, rows, api="vllm_classify")

@@ -141,7 +141,7 @@ def test_a_warning_where_threads_and_others_are_more_than_the_cores(
 ) -> None:
     monkeypatch.setattr(cores, "_affinity", lambda: 4)
     monkeypatch.setattr(cores.OtherProcesses, "cores", lambda _: others)
-    cores._said.clear()
+    cores._logged_levels.clear()
     torch.set_num_threads(threads)
     with caplog.at_level(logging.INFO):
         cores.OtherProcesses().report()

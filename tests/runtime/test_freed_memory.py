@@ -50,7 +50,7 @@ def figures(**environment: str) -> tuple[int, ...]:
     return tuple(map(int, done.stdout.split()))
 
 
-def test_blocks_are_kept_inside_and_given_back_behind() -> None:
+def test_blocks_are_kept_inside_and_returned_afterwards() -> None:
     inside, kept, left, behind = figures()
     assert inside < 100
     assert kept >= 60

@@ -380,5 +380,7 @@ def test_weights_adapter_tokens_and_arithmetic_matter(train):
     changed = copy.deepcopy(PAIRS)
     changed[4]["prompt_ids"][0] += 1
     changed[5]["response_ids"][1][0] += 1
-    assert train(changed) == 2 + 2  # if only the second row has changed, the row is recomputed entirely
+    assert (
+        train(changed) == 2 + 2
+    )  # if only the second row has changed, the row is recomputed entirely
     assert train(PAIRS) == 0
