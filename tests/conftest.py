@@ -23,7 +23,7 @@ def shared_dir() -> Path:
     """The directory with real data next to a checkout; tests that need it are skipped without it."""
     path = Path(__file__).resolve().parents[2] / "shared"
     if not path.is_dir():
-        pytest.skip("the real data beside the checkout is absent")
+        pytest.skip("the real data next to the checkout is absent")
     return path
 
 

@@ -1,7 +1,7 @@
-"""Every command of the documents runs: those set apart page by page, those in the text together.
+"""Every command of the documentation runs: those in blocks by page, those in sentences together.
 
-A page has a directory of its own, with small models and files under the names that its commands use. What
-a reader puts in the place of a word, and what makes a command small, is in the tables below.
+Each page has a separate directory, with small models and files under the names that its commands use. The
+values of placeholders, and the options that make a command small, are in the tables below.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The documents' commands are ones, their names are names, and the first page runs as it stands.
+"""Commands and names in the documentation exist, and the first page runs unchanged.
 
-Those of the other pages are run by test_docs_commands.py, the recipes by test_docs_yaml.py.
+The commands of the other pages are run by test_docs_commands.py, the recipes by test_docs_yaml.py.
 """
 
 from __future__ import annotations

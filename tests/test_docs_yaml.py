@@ -1,7 +1,6 @@
-"""Every recipe of the documents runs, and every piece of one in the text is right.
+"""Every recipe of the documentation runs, and every recipe fragment in the text is valid.
 
-A piece is checked as far as it goes: `...`, a word in capitals and a key alone stand for what a reader
-puts there.
+Fragments may be incomplete: `...`, a word in capitals and a key without a value are placeholders.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Every error has a stable code; the wording of each stands in `error_wording.json` and in no other test.
+"""Every error has a stable code; the wording of each is in `error_wording.json` and in no other test.
 
-After a change of wording that is meant: `python -m tests.test_error_wording`, and read the diff.
+After an intended change of wording: `python -m tests.test_error_wording`, and read the diff.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def _metadata(final: Path, stage: Stage, recipe: Recipe, base_dir: Path) -> str:
 
 
 def looks_like_local(name: str, base_dir: Path) -> bool:
-    """Whether a model's name is a local directory, which is of no use on the hub."""
+    """Whether a model's name is a local directory, which is meaningless on the hub."""
     path = resolve_path(base_dir, name)
     return path.exists() or name.startswith((".", "~", "/"))
 

@@ -136,9 +136,9 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
 
 
 class ReplacedRun:
-    """A run directory that another run replaces: moved aside, then deleted or put back.
+    """A run directory that another run replaces: moved aside, then deleted or restored.
 
-    It is deleted once the new run has passed its checks (`delete`), and put back if these fail, so that
+    It is deleted once the new run has passed its checks (`delete`), and restored if these fail, so that
     a mistake in the recipe does not delete the old results.
 
     Raises:

@@ -94,7 +94,7 @@ class LocalPolicy:
 
 
 class EndpointPolicy:
-    """A model behind an OpenAI-compatible endpoint; each response is one request with its own seed."""
+    """A model served by an OpenAI-compatible endpoint; each response is one request with its own seed."""
 
     def __init__(self, endpoint: EndpointSpec, spec: GenerateSpec, *, seed: int) -> None:
         self.name = endpoint.model

@@ -179,7 +179,7 @@ def training_config(
             why="transformers does not accept this combination of arguments, or not on this machine",
             fix="see transformers.TrainingArguments for the accepted values",
         ) from error
-    args.compared_with_trl = False  # type: ignore[misc]  # a recipe does not promise TRL's defaults
+    args.compared_with_trl = False  # type: ignore[misc]  # recipes do not have TRL's defaults
     try:
         if stage.data.eval or stage.data.eval_fraction:
             require_best_metric(args, {None: trainer_class.metric_names(args)})

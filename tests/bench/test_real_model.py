@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct trained by ours and by TRL: its weights, tokenizer and template, float32.
+"""SmolLM2-135M-Instruct trained by our trainers and by TRL: its weights, tokenizer and template, float32.
 
-The template writes a system message where a row has none, and the padding token is the end token.
+The template adds a system message to rows without one, and the padding token is the end token.
 
     RPO_TRAINER_SMOLLM2=FOLDER python -m pytest tests/bench/test_real_model.py
 """

@@ -81,7 +81,7 @@ def test_the_end_is_trained_though_it_is_the_padding_and_the_persona_is_not(toke
 
 
 def test_the_first_loss_is_that_of_a_plain_forward(ran: Path, tokenizer: Any) -> None:
-    """Over the answer and its end, behind the prompt with the persona; other ways are told apart."""
+    """Sum over the answer and its end token, after the prompt with the persona; other sums differ."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     nll, ends = [], []
     for row in rows(ran.parent / "data" / "mbpp_train.jsonl"):

@@ -122,7 +122,7 @@ def _exact(model: Any) -> Any:
         with torch.no_grad():
             if exact(input_ids=ids, use_cache=False).logits.isfinite().all():
                 return exact
-    except RuntimeError:  # some families compute parts in a dtype of their own
+    except RuntimeError:  # some families compute parts in their own dtype
         pass
     return exact.float()
 

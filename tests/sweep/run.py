@@ -1,4 +1,4 @@
-"""The sweep over many families, in processes of its own: a crash or a hang ends one case, not the sweep."""
+"""The sweep over many families, in separate processes: a crash or a hang ends one case, not the sweep."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The host waits for the device once in an optimizer step, and never in a micro-batch.
 
-On a CPU nobody waits, but the same operations are dispatched as on a GPU: those that hand a tensor's
-content to Python, or whose result has a shape that only its content knows, are counted.
+On a CPU there are no waits, but the same operations are dispatched as on a GPU: those that return a tensor's
+content to Python, or whose result has a shape that depends on content, are counted.
 """
 
 from __future__ import annotations
