@@ -1,6 +1,6 @@
 """Chat formats of well-known model families, as templates written for these tests.
 
-Each format follows the family's documentation: tokens, white space, and the rendering of system prompts, tools
+Each format follows the family's documentation: tokens, white space, and rendering of system prompts, tools
 and thinking. `Format.text` implements the same format in Python, to check the template.
 """
 

@@ -50,7 +50,7 @@ def completion(answer: Answer, path: str) -> bytes:
 
 
 class Server:
-    """`asked` holds every request, `paths` its path; `seen` the number of times each (by its JSON) was sent."""
+    """`asked` holds every request, `paths` its path; `seen` the number of times that each was sent."""
 
     def __init__(self, answer: Callable[[dict[str, Any], int], Answer]) -> None:
         self.answer = answer
