@@ -67,10 +67,10 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
     template = spec.chat_template
     if template is not None and (path := base_dir / Path(template).expanduser()).is_file():
         template = str(path)
-    made = set_chat_template(tokenizer, template)
-    check_kwargs(spec.chat_template_kwargs, made, f"model.{COLUMN}")
-    made("a")  # raises here if its settings prevent tokenization
-    if made.eos_token_id is None:
+    templated = set_chat_template(tokenizer, template)
+    check_kwargs(spec.chat_template_kwargs, templated, f"model.{COLUMN}")
+    templated("a")  # raises here if its settings prevent tokenization
+    if templated.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no end token",
             code="tokenizer.no-end-token",
@@ -78,7 +78,7 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
             why="without one, the end of a response can neither be trained nor recognized in sampling",
             fix="set eos_token in tokenizer_config.json",
         )
-    return made
+    return templated
 
 
 @reads("the model", lambda spec, *_, **__: f"model: {spec.name_or_path}")
@@ -192,14 +192,14 @@ def load_model_named(
     """
     refuse_adapter(name)
     try:
-        given = dict(settings or {})
-        source = {key: given[key] for key in _OF_A_REPOSITORY if key in given}
+        arguments = dict(settings or {})
+        source = {key: arguments[key] for key in _OF_A_REPOSITORY if key in arguments}
         config = load_pretrained(AutoConfig, name, **source)
         _refuse_kernel(config, name)
         factory = auto_class(config, reward=reward, where=name)
-        older = given.pop("torch_dtype", None)
-        chosen = given.pop("dtype", None) or older or dtype
-        model: PreTrainedModel = load_complete(factory, name, dtype=chosen, **given)
+        older = arguments.pop("torch_dtype", None)
+        chosen = arguments.pop("dtype", None) or older or dtype
+        model: PreTrainedModel = load_complete(factory, name, dtype=chosen, **arguments)
     except LOADING_ERRORS as error:
         raise _not_loaded("model", error, name) from error
     model._rpo_complete = True  # type: ignore[assignment]
@@ -316,7 +316,7 @@ def _load(
     known = local.exists() or _hub_answers(name, revision)
     load = load_complete if what == "model" else load_pretrained
     try:
-        made = load(
+        loaded = load(
             factory,
             where,
             revision=revision,
@@ -325,8 +325,8 @@ def _load(
             **settings,
         )
         if factory is AutoConfig and not spec.trust_remote_code:
-            _refuse_kernel(made, f"model: {name}")
-        return made
+            _refuse_kernel(loaded, f"model: {name}")
+        return loaded
     except ModelError as error:
         raise error.at(f"model: {name}") from None
     except LOADING_ERRORS as error:
