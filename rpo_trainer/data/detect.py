@@ -90,9 +90,10 @@ def find_format(columns: Collection[str], kind: Kind, name: str | None, where: s
         why=f"they match {other!r}, which is for {_PURPOSE[FORMATS[other].kind]}"
         if other
         else None,
-        fix="map the columns with `columns: {expected name: name in the file}`"
-        f"{_nearest(table, kind, columns)}; formats: "
-        + "; ".join(f"{n} ({', '.join(f.required)})" for n, f in table.items() if f.kind == kind),
+        fix="map the columns with `columns: {expected name: name in the file}` (for a command, "
+        f"--column expected=name){_nearest(table, kind, columns)}; other formats "
+        "(docs/data.md lists their columns): "
+        + ", ".join(n for n, f in table.items() if f.kind == kind),
     )
 
 

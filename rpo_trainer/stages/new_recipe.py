@@ -21,6 +21,7 @@ from rpo_trainer.recipe import ModelSpec, Recipe, SourceSpec
 from rpo_trainer.recipe.convert.draft import Draft
 from rpo_trainer.recipe.convert.paths import Paths
 from rpo_trainer.recipe.yaml_document import Key, parse
+from rpo_trainer.runtime.files import near_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,6 +99,9 @@ def new_recipe(
     draft = Draft()
     facts = [f"{s.spec['path']}: {len(s.rows):,} rows, {s.comment}" for s in sources]
     tokenizer, limit = _put_model(draft, paths, model, [*sources, *tests])
+    if tokenizer is None:
+        near = near_directory(Path(model).expanduser())
+        facts.append(f"model {model}: no such directory, so this is a hub name{near}")
     draft.put(("run_dir",), f"runs/{recipe.stem}")
     for number, stage in enumerate(kinds):
         row_kind: _RowKind = "sft" if stage == "sft" else "pair"
@@ -140,7 +144,8 @@ def _read(path: str, kind: RecipeKind | None, paths: Paths) -> _Source:
             fix="start from `rpo-trainer recipes reward/helpsteer2`, or give --kind sft",
         )
     row_kind: _RowKind = "sft" if found == "sft" else "pair"
-    if row_kind == "pair" and "question" in columns and not columns & set(PROMPT_COLUMNS):
+    pairs = {"question", "chosen", "rejected"} <= columns
+    if row_kind == "pair" and pairs and not columns & set(PROMPT_COLUMNS):
         spec["format"] = "orca"
     form = find_format(columns, row_kind, spec.get("format"), raw.where)
     rows = adapt(raw, kind=row_kind, format=spec.get("format"), audit=Audit())
@@ -211,9 +216,10 @@ def _put_model(
 ) -> tuple[PreTrainedTokenizerBase | None, int | None]:
     """Put `model`; return the tokenizer and the context length (tokens) of a local model."""
     folder = Path(model).expanduser()
-    if not folder.exists() and model.startswith((".", "/", "~")):
+    if folder.is_file() or (not folder.exists() and model.startswith((".", "/", "~"))):
+        what = "this is a file, not a directory" if folder.is_file() else "no such directory"
         raise RecipeError(
-            "no such directory",
+            f"{what}{near_directory(folder)}",
             code="init.no-such-model",
             where=f"--model {model}",
             fix="give a directory with config.json and safetensors files, or a hub name",
