@@ -60,7 +60,9 @@ class DataChecks:
         inputs = self.preparer.prepare(stage, given=given, audit=audit, tokenize=self.tokenize)
         if inputs.train is not None:
             examples = len(inputs.train)
-            self.findings.add(f"{_count(examples, 'example')}, {_count(steps_of(stage, examples), 'step')}")
+            self.findings.add(
+                f"{_count(examples, 'example')}, {_count(steps_of(stage, examples), 'step')}"
+            )
             with self.findings.collected():
                 check_warmup(stage, examples)
             self.responses[stage.name] = sum(map(len, inputs.train["response_ids"]))

@@ -58,7 +58,8 @@ class _Commands(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
-            ctx.fail(f"No such command {name!r}{suggestion(name, self.list_commands(ctx))}")
+            near = suggestion(name, self.list_commands(ctx))
+            ctx.fail(f"No such command {name!r}{near or '.'}")
         return super().resolve_command(ctx, args)
 
 

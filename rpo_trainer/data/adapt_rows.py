@@ -235,7 +235,7 @@ def _how_to_fix(
         return "correct or remove these rows"
     return (
         f"correct or remove these rows, or map one of the unread columns ({', '.join(missed)}): "
-        f"{mapping_for(lacking, missed)} (for a command, --column expected=name)"
+        f"{mapping_for(lacking, missed)} (or give --column OURS=THEIRS to a command)"
     )
 
 

@@ -105,7 +105,9 @@ def mapping_for(missing: Sequence[str], unread_columns: Collection[str]) -> str:
     for ours in missing:
         lowered = {column.lower(): column for column in left}
         names = [name.lower() for name in MEANT.get(ours, ())]
-        names += difflib.get_close_matches(ours, list(lowered), n=1, cutoff=0.8)  # a misspelled name
+        names += difflib.get_close_matches(
+            ours, list(lowered), n=1, cutoff=0.8
+        )  # a misspelled name
         theirs = next((lowered[name] for name in names if name in lowered), None)
         if theirs is not None:
             left.remove(theirs)

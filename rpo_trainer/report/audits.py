@@ -146,8 +146,7 @@ class AuditView:
             )
         return Concern(
             "dropped",
-            f"{part} were dropped; "
-            f"most frequent reason: {main.text} ({main.rows:,})",
+            f"{part} were dropped; most frequent reason: {main.text} ({main.rows:,})",
             "To drop fewer prompts, sample more responses per prompt or raise the temperature."
             if alike
             else None,

@@ -213,7 +213,7 @@ def _require_optimizer(args: TrainingArguments, where: str) -> None:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except ImportError as error:
         raise RecipeError(
-            f"the optimizer {args.optim} cannot be used: {error}",
+            f"the optimizer {OptimizerNames(args.optim).value} cannot be used: {error}",
             code="recipe.missing-library",
             where=where,
             fix="install the library, or choose another optimizer, such as adamw_torch",

@@ -33,7 +33,9 @@ LIBRARIES = (
     "subprocess", "multiprocessing.pool", "multiprocessing.shared_memory", "torch.distributed",
     "transformers", "accelerate", "datasets", "peft",
 )  # fmt: skip
-OPTIONAL = ("triton",)  # torch's builds for GPUs bring it; the head's kernels are used with it alone
+OPTIONAL = (
+    "triton",
+)  # torch's builds for GPUs bring it; the head's kernels are used with it alone
 _ELSEWHERE = ("rpo_trainer.rewards.verifiers.sandbox", "rpo_trainer.__main__")  # programs
 
 
