@@ -39,7 +39,7 @@ def init(
     recipe: Path, model: str, data: Sequence[str], columns: Sequence[str], held_out: Sequence[str],
     kind: Any, lora: bool, overwrite: bool,
 ) -> None:  # fmt: skip
-    """Write a recipe for a model and data files, ready to run.
+    """Write a ready-to-run recipe for a model and data files.
 
     RECIPE is the file to write (default: recipe.yaml). The data determine the kind of training and, if the
     model is a local directory, `max_length`. The other values are starting points, each with a comment.
