@@ -9,7 +9,7 @@ from rpo_trainer.chain.check_data import DataChecks
 from rpo_trainer.chain.check_models import ModelChecks
 from rpo_trainer.chain.findings import WARNING, Findings
 from rpo_trainer.chain.input_files import InputFiles, check_input_files
-from rpo_trainer.chain.run_dir import check_run_dir
+from rpo_trainer.chain.run_dir import check_run_dir, check_writable
 from rpo_trainer.chain.state import ChainState, plain
 from rpo_trainer.errors import DataError
 from rpo_trainer.plan.disk import check_disk
@@ -68,6 +68,7 @@ def count_warnings(lines: Sequence[str]) -> int:
 def _check_resumable(preparer: StagePreparer, run_dir: Path) -> None:
     """Raise RunError if the run in this directory cannot be resumed with this recipe."""
     check_run_dir(run_dir)
+    check_writable(run_dir)
     if not run_dir.is_dir():
         return
     state, base_dir = ChainState(run_dir), preparer.loaded.base_dir

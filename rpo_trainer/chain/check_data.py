@@ -21,6 +21,10 @@ from rpo_trainer.stages.settings import check_warmup, steps_of
 Row = dict[str, Any]
 
 
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
 class DataChecks:
     """Checks the training data of the stages and the data that their outputs are evaluated on.
 
@@ -56,7 +60,9 @@ class DataChecks:
         inputs = self.preparer.prepare(stage, file_rows=rows, audit=audit, tokenize=self.tokenize)
         if inputs.train is not None:
             examples = len(inputs.train)
-            self.findings.add(f"{examples} examples, {steps_of(stage, examples)} steps")
+            self.findings.add(
+                f"{_count(examples, 'example')}, {_count(steps_of(stage, examples), 'step')}"
+            )
             with self.findings.collected():
                 check_warmup(stage, examples)
             self.responses[stage.name] = sum(map(len, inputs.train["response_ids"]))
@@ -91,7 +97,7 @@ class DataChecks:
         stage = inputs.stage
         self.preparer.prepare_held_out(inputs, tokenize=self.tokenize)
         if (held_out := inputs.held_out) is not None:
-            self.findings.add(f"{len(held_out.examples)} held-out examples")
+            self.findings.add(_count(len(held_out.examples), "held-out example"))
             what = f"the held-out rows of {stage.name}"
             self.findings.add_audit(held_out.audit, what, label="held out: ")
         sampled = needs_policy(stage.data)

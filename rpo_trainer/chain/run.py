@@ -161,7 +161,7 @@ class _Chain:
         if not wanted:
             if self.state.allowed:
                 self._save()  # the allowed changes
-            logger.info("all stages in %s are finished", self.run_dir)
+            logger.info("all stages in %s are finished; --overwrite starts over", self.run_dir)
             return self.run_dir
         pending = {stage.name for stage, record in wanted if record.state == "pending"}
         check_starts(

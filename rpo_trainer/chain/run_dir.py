@@ -55,6 +55,18 @@ def check_run_dir(run_dir: Path) -> None:
         )
 
 
+def check_writable(run_dir: Path) -> None:
+    """Raise RunError if the run directory cannot be written, or cannot be created."""
+    folder = run_dir.absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise _unusable("written", NotADirectoryError(f"{folder} is a file"), run_dir)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        error = PermissionError(f"permission denied for {folder}")
+        raise _unusable("written", error, run_dir)
+
+
 def _unusable(how: str, error: Exception, run_dir: Path) -> RunError:
     return RunError(
         f"the run directory cannot be {how}: {getattr(error, 'strerror', None) or error}",

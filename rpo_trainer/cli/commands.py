@@ -36,7 +36,7 @@ from rpo_trainer.cli.json_output import (
 )
 from rpo_trainer.cli.rewards import COMMANDS as REWARD_COMMANDS
 from rpo_trainer.cli.watch import watch
-from rpo_trainer.errors import RPOTrainerError, RunError, error_text
+from rpo_trainer.errors import RPOTrainerError, RunError, error_text, suggestion
 from rpo_trainer.recipe import expand_stages, json_schema, load_recipe, shipped
 from rpo_trainer.recipe.schema import STAGE_KINDS
 from rpo_trainer.redact import (
@@ -50,7 +50,20 @@ from rpo_trainer.runtime.harmless_lines import hide_harmless_lines
 from rpo_trainer.runtime.terminal import TerminalHandler, fitted
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Commands; the message about an unknown command names the most similar one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            near = suggestion(name, self.list_commands(ctx))
+            ctx.fail(f"No such command {name!r}{near or '.'}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="rpo-trainer")
 @click.option("-v", "--verbose", is_flag=True, help="Also show debug messages.")
 @click.option(

@@ -10,6 +10,7 @@ import click
 
 from rpo_trainer.cli.arguments import show
 from rpo_trainer.cli.convert import refuse_existing
+from rpo_trainer.cli.options import columns_of
 
 
 @click.command()
@@ -18,6 +19,10 @@ from rpo_trainer.cli.convert import refuse_existing
 @click.option(
     "--data", required=True, multiple=True, metavar="FILE",
     help="Training rows: file or hub name. Can be repeated.",
+)  # fmt: skip
+@click.option(
+    "--column", "columns", multiple=True, metavar="OURS=THEIRS",
+    help="Name of a column in the files, such as prompt=question. Can be repeated.",
 )  # fmt: skip
 @click.option(
     "--eval", "held_out", multiple=True, metavar="FILE",
@@ -31,10 +36,10 @@ from rpo_trainer.cli.convert import refuse_existing
 @click.option("--lora", is_flag=True, help="Train a LoRA adapter instead of all weights.")
 @click.option("--overwrite", is_flag=True, help="Replace RECIPE if it exists.")
 def init(
-    recipe: Path, model: str, data: Sequence[str], held_out: Sequence[str], kind: Any, lora: bool,
-    overwrite: bool,
+    recipe: Path, model: str, data: Sequence[str], columns: Sequence[str], held_out: Sequence[str],
+    kind: Any, lora: bool, overwrite: bool,
 ) -> None:  # fmt: skip
-    """Write a recipe for a model and data files, ready to run.
+    """Write a ready-to-run recipe for a model and data files.
 
     RECIPE is the file to write (default: recipe.yaml). The data determine the kind of training and, if the
     model is a local directory, `max_length`. The other values are starting points, each with a comment.
@@ -43,7 +48,10 @@ def init(
     from rpo_trainer.runtime.files import atomic_write
     from rpo_trainer.stages.new_recipe import new_recipe
 
-    draft = new_recipe(recipe, model=model, data=data, held_out=held_out, kind=kind, lora=lora)
+    draft = new_recipe(
+        recipe, model=model, data=data, columns=columns_of(columns), held_out=held_out, kind=kind,
+        lora=lora,
+    )  # fmt: skip
     atomic_write(recipe, draft.text)
     for line in draft.facts:
         show(line)

@@ -27,7 +27,7 @@ from rpo_trainer.recipe import load_recipe
 @click.option(
     "--template",
     metavar="TOKENIZER",
-    help="In place of RECIPE: check the chat template of this tokenizer (directory or hub name) on "
+    help="Instead of RECIPE: check the chat template of this tokenizer (directory or hub name) on "
     "seven sample conversations. Exit code 5 if training and sampling differ.",
 )
 @click.option("--chat-template", help="With --template: chatml, plain, or a Jinja file.")

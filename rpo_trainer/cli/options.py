@@ -170,8 +170,12 @@ def source_spec(
     """Return the source of a file, with `--column` as `columns` and `--kwargs` as `chat_template_kwargs`."""
     from rpo_trainer.rewards.row_files import source_of
 
-    named = dict(_assignment(text, "--column") for text in columns)
-    return source_of(data, format_, named, special_tokens, parse_kwargs(kwargs))
+    return source_of(data, format_, columns_of(columns), special_tokens, parse_kwargs(kwargs))
+
+
+def columns_of(texts: Sequence[str]) -> dict[str, str]:
+    """Return the values of `--column` as {expected name: name in the file}."""
+    return dict(_assignment(text, "--column") for text in texts)
 
 
 def weights_of(text: str | None) -> dict[str, float] | str | None:

@@ -109,7 +109,7 @@ def score(
     """Score responses with a verifier, reward model or judge.
 
     INPUT has SFT rows, pairs, or rows of K responses. Choose one of --verifier, --model, --endpoint and
-    --judge. The same command resumes an interrupted one. Failed rows are reported, and the output is
+    --judge. Run the same command again to resume. Failed rows are reported, and the output is
     written once all rows have succeeded.
     """
     from rpo_trainer.rewards.commands import score_file
@@ -205,7 +205,7 @@ def generate(
 ) -> None:
     """Sample responses to prompts, from one or several models.
 
-    The same command resumes an interrupted one. The responses to a prompt depend on its row id and the
+    Run the same command again to resume. The responses to a prompt depend on its row id and the
     seed, not on the other rows.
     """
     from rpo_trainer.rewards.commands import generate_file

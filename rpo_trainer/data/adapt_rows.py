@@ -237,7 +237,7 @@ def _how_to_fix(
         return "correct or remove these rows"
     return (
         f"correct or remove these rows, or map one of the unread columns ({', '.join(missed)}): "
-        f"{mapping_for(missing, missed)}"
+        f"{mapping_for(missing, missed)} (or give --column OURS=THEIRS to a command)"
     )
 
 

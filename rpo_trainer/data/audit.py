@@ -168,9 +168,9 @@ class Audit(AuditCounts):
             f"{c.count} {rows_word(c)}, {self._reason(r)}{examples_of(c)}"
             for r, c in sorted(self.dropped.items(), key=lambda item: -item[1].count)
         )
-        share = f"{percent(dropped, self.rows())} of " if self.rows() else ""
-        of = f"{dropped} of {self.rows()}" if self.rows() else f"{dropped}"
-        return f"{share}{what} ({of} rows) dropped: {reasons}"
+        if not (whole := self.rows()):
+            return f"{dropped} of {what} dropped: {reasons}"
+        return f"{percent(dropped, whole)} of {what} ({dropped} of {whole} rows) dropped: {reasons}"
 
     def _reason(self, reason: str) -> str:
         limit = self.max_length

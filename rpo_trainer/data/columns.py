@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,11 +18,11 @@ MEANT: dict[str, tuple[str, ...]] = {
     ),
     "response": ("answer", "output", "completion", "solution", "reply", "target", "generation"),
     "chosen": (
-        "chosen_response", "preferred", "better", "accepted", "winner", "positive", "pos",
+        "chosen_response", "preferred", "better", "good", "accepted", "winner", "positive", "pos",
         "human_ref_A", "response_0", "response_a", "response1", "answer_1",
     ),
     "rejected": (
-        "rejected_response", "dispreferred", "worse", "loser", "negative", "neg",
+        "rejected_response", "dispreferred", "worse", "bad", "loser", "negative", "neg",
         "human_ref_B", "response_1", "response_b", "response2", "answer_2",
     ),
     "responses": ("answers", "completions", "generations", "candidates"),
@@ -102,8 +103,11 @@ def mapping_for(missing: Sequence[str], unread_columns: Collection[str]) -> str:
     left = list(unread_columns)
     pairs = []
     for column in missing:
-        lowered = {column.lower(): column for column in left}
+        lowered = {name.lower(): name for name in left}
         names = [name.lower() for name in MEANT.get(column, ())]
+        names += difflib.get_close_matches(
+            column, list(lowered), n=1, cutoff=0.8
+        )  # a misspelled name
         theirs = next((lowered[name] for name in names if name in lowered), None)
         if theirs is not None:
             left.remove(theirs)

@@ -90,9 +90,9 @@ def find_format(columns: Collection[str], kind: Kind, name: str | None, where: s
         why=f"they match {other!r}, which is for {_PURPOSE[FORMATS[other].kind]}"
         if other
         else None,
-        fix="map the columns with `columns: {expected name: name in the file}`"
-        f"{_nearest(table, kind, columns)}; formats: "
-        + "; ".join(f"{n} ({', '.join(f.required)})" for n, f in table.items() if f.kind == kind),
+        fix=f"map the columns to those of a format: {_nearest(table, kind, columns)} (or give --column "
+        "OURS=THEIRS to a command); formats, described in docs/data.md: "
+        + ", ".join(n for n, f in table.items() if f.kind == kind),
     )
 
 
@@ -109,7 +109,7 @@ def _nearest(table: Mapping[str, Format], kind: Kind, columns: Collection[str]) 
         missing = [column for column in needed if column not in columns]
         mapping = mapping_for(missing, set(columns) - set(needed))
         lack = (mapping.count("NAME"), name != usual[kind], len(missing))
-        found.append((lack, f", for example {mapping} for {name!r}"))
+        found.append((lack, f"{mapping} for {name!r}"))
     return min(found)[1]
 
 

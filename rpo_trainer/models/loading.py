@@ -34,6 +34,7 @@ from rpo_trainer.models.multimodal import (
 from rpo_trainer.models.sharding import num_rows
 from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.runtime.file_errors import reads, require_files, require_sizes
+from rpo_trainer.runtime.files import near_directory
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -304,10 +305,9 @@ def _load(
     where = str(local) if local.exists() else name
     if not local.exists() and name.startswith((".", "/", "~")):  # never a hub name
         raise ModelError(
-            f"the {what} cannot be loaded: no such directory",
+            f"the {what} cannot be loaded: no such directory{near_directory(local)}",
             code="model.not-found",
             where=f"model: {name}",
-            why=NEEDED,
             fix="give a directory with the model's files (safetensors), or a hub name",
         )
     if local.is_dir():

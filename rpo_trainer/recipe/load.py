@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ from rpo_trainer.recipe.yaml_document import Document, Key, YamlProblem, parse
 from rpo_trainer.runtime.files import kind_of_file
 
 _HIDDEN = "..."  # replaces a secret, so that no other error shows it
+_DATA_SUFFIXES = (".jsonl", ".csv", ".parquet", ".gz")
 MAX_BYTES = 2**20  # far above any recipe, so that a data file given by mistake is not parsed
 
 
@@ -118,6 +120,13 @@ def _read(path: Path) -> str:
             why="the operating system denies access",
             fix="check the path and its permissions",
         ) from error
+    if _has_rows(path, raw):
+        raise RecipeError(
+            "this is a data file, not a recipe",
+            code="recipe.data-file",
+            where=where,
+            fix=f"write a recipe for it: rpo-trainer init recipe.yaml --model MODEL --data {path}",
+        )
     if len(raw) > MAX_BYTES:
         raise RecipeError(
             "the file is larger than 1 MiB, too large for a recipe",
@@ -144,8 +153,21 @@ def _near_files(path: Path) -> str | None:
         names = [entry.name for entry in path.parent.iterdir() if entry.suffix in (".yaml", ".yml")]
     except OSError:
         return None
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
+    same = [name for name in sorted(names) if Path(name).stem == path.name]
+    near = same or difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
     return str(path.parent / near[0]) if near else None
+
+
+def _has_rows(path: Path, raw: bytes) -> bool:
+    """Whether this is a data file: by its suffix, or by JSON objects in the first two lines."""
+    if path.suffix.lower() in _DATA_SUFFIXES:
+        return True
+    lines = [line for line in raw.split(b"\n", 3) if line.strip()][:2]
+    try:
+        rows = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError):
+        return False
+    return len(rows) == 2 and all(isinstance(row, dict) for row in rows)
 
 
 def _inside(path: Path) -> str:

@@ -139,11 +139,15 @@ class AuditView:
         fraction, main = self.dropped_fraction(), self.dropped[0]
         alike = sampled and main.key in ALIKE
         many = fraction is not None and fraction > MANY_DROPPED and not alike
-        part = f"{percent(self.dropped_rows, self.total)} of {what}" if self.total else what
+        part = f"{self.dropped_rows:,} of {what}"
+        if self.total:
+            part = (
+                f"{percent(self.dropped_rows, self.total)} of {what} "
+                f"({self.dropped_rows:,} of {self.total:,} rows)"
+            )
         return Concern(
             "dropped",
-            f"{part} ({self.dropped_rows:,} rows) were dropped; "
-            f"most frequent reason: {main.text} ({main.rows:,})",
+            f"{part} were dropped; most frequent reason: {main.text} ({main.rows:,})",
             "To drop fewer prompts, sample more responses per prompt or raise the temperature."
             if alike
             else None,

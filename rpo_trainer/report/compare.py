@@ -19,6 +19,7 @@ from rpo_trainer.report.collect import RunResults, StageResults, collect_run
 from rpo_trainer.report.formatting import duration, short, size
 from rpo_trainer.report.paths import without_absolute_paths
 from rpo_trainer.report.scores import Figure, Measure, one_measure
+from rpo_trainer.report.table import OWN_PAIRS, own_measure
 
 _ABSENT = "–"
 _LONGEST = 80  # characters of a recipe value
@@ -187,6 +188,10 @@ def _figures_of(stage: StageResults) -> dict[str, Figure]:
     found = {figure.key: figure for figure in stage.scores.all()}
     if (accuracy := stage.agreement.accuracy) is not None:
         found["reward_accuracy"] = Figure("reward_accuracy", "held-out pair accuracy", accuracy)
+    if not found and stage.is_preference:
+        for key, (head, _, metric) in OWN_PAIRS.items():
+            if (measure := own_measure(stage, metric)) is not None:
+                found[key] = Figure(key, head, measure, higher=None)
     return found
 
 

@@ -27,6 +27,16 @@ _BRIEF = {
     "log-ratio gap": "gap,\nnats",
     "log-prob change of chosen": "Δchosen,\nnats",
 }
+# Of a preference stage on its own held-out pairs: key → head, short head, metric.
+OWN_PAIRS = {
+    "own_gap": ("implicit reward gap, own held-out pairs", "gap", "eval_rewards/margins"),
+    "own_accuracy": (
+        "pair accuracy, own held-out pairs",
+        "pair\naccuracy",
+        "eval_rewards/accuracies",
+    ),
+}
+_TRAINING_KEYS = {"loss", "gap", "preferred", "chosen_delta"}  # see `_of_training`
 _TERMINAL = 80
 # Columns that are left out first if the table is too wide.
 _LEAST = ("memory", "exact\ngreedy", "reward\ngreedy", "exact\nsampled", "time")
@@ -150,9 +160,11 @@ def _table(run: RunResults) -> Table:
             left_out += [column.head for column in columns if column.brief == brief]
             columns = [column for column in columns if column.brief != brief]
     table = Table(title=run.name, title_justify="left", box=None, pad_edge=False)
+    captions = [_origin(columns)]
     if left_out:
-        table.caption = f"not shown: {'; '.join(left_out)} (see rpo-trainer report)"
-        table.caption_justify = "left"
+        captions.append(f"not shown: {'; '.join(left_out)} (see rpo-trainer report)")
+    if text := "\n".join(filter(None, captions)):
+        table.caption, table.caption_justify = text, "left"
     table.add_column("after", no_wrap=True)
     for column in columns:
         table.add_column(column.brief or "", justify="right", no_wrap=True)
@@ -160,6 +172,16 @@ def _table(run: RunResults) -> Table:
         cells = [column.cells[row] for column in columns]
         table.add_row(Text(name), *(Text(x.text, "bold" if x.best else "") for x in cells))
     return table
+
+
+def _origin(columns: Sequence[Column]) -> str | None:
+    """Say where the figures are from, if their heads do not."""
+    keys = {column.key for column in columns}
+    if keys & OWN_PAIRS.keys():
+        return "gap: implicit reward; gap and pair accuracy on each stage's own held-out pairs"
+    if keys & _TRAINING_KEYS:
+        return "no held-out figures: training metrics at the end of each stage"
+    return None
 
 
 def _width(names: Sequence[str], columns: Sequence[Column]) -> int:
@@ -248,26 +270,23 @@ def _own_pairs(stages: Sequence[StageResults], scores: Sequence[EvalScores]) -> 
     """
     if any(score.others or score.main() for score in scores):
         return []
-    columns = (
-        ("own_gap", "implicit reward gap, own held-out pairs", "gap", "eval_rewards/margins"),
-        (
-            "own_accuracy",
-            "pair accuracy, own held-out pairs",
-            "pair\naccuracy",
-            "eval_rewards/accuracies",
-        ),
-    )
     return [
         _measures(
             key,
             head,
             brief,
-            [Measure(c.values[-1]) if (c := stage.curve(metric)) else None for stage in stages],
+            [own_measure(stage, metric) for stage in stages],
             3,
             best=None,
         )
-        for key, head, brief, metric in columns
+        for key, (head, brief, metric) in OWN_PAIRS.items()
     ]
+
+
+def own_measure(stage: StageResults, metric: str) -> Measure | None:
+    """Return the last value of a metric on the stage's own held-out examples; None if not measured."""
+    curve = stage.curve(metric)
+    return Measure(curve.values[-1]) if curve else None
 
 
 def _of_training(stages: Sequence[StageResults]) -> list[Column]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import os
@@ -24,6 +25,16 @@ _NOT_WRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "iostream error"
 DIGEST_SUFFIX = ".xxh3_128"
 # A file changed this shortly before it was read may change again with the same timestamp.
 _TIME_STEP_NS = 2 * 10**9
+
+
+def near_directory(path: Path) -> str:
+    """Return "; did you mean `x`?" for a directory with a similar name next to `path`, or ""."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.8)
+    return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def atomic_write(path: Path, text: str | Iterable[str]) -> None:

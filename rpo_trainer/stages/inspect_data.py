@@ -79,7 +79,11 @@ class Findings:
                 lines.append(_LENGTH[what].format(value))
         spreads = {"rewards": self.rewards, "gaps": self.gaps, **self.audit.ratings}
         for title, found in spreads.items():
-            if "histogram" in found:
+            if "histogram" not in found:
+                continue
+            if found["min"] == found["max"]:
+                lines.append(f"{title}: all {found['min']:g}")
+            else:
                 lines.append("{}: {min:g} to {max:g}, median {median:g}".format(title, **found))
                 lines += _bars(found["histogram"])
         return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,6 +21,7 @@ from rpo_trainer.recipe import ModelSpec, Recipe, SourceSpec
 from rpo_trainer.recipe.convert.draft import Draft
 from rpo_trainer.recipe.convert.paths import Paths
 from rpo_trainer.recipe.yaml_document import Key, parse
+from rpo_trainer.runtime.files import near_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +70,7 @@ def new_recipe(
     *,
     model: str,
     data: Sequence[str],
+    columns: Mapping[str, str] | None = None,
     held_out: Sequence[str] = (),
     kind: RecipeKind | None = None,
     lora: bool = False,
@@ -81,6 +83,7 @@ def new_recipe(
         recipe: path of the new recipe; its paths are relative to the directory of this file.
         model: directory or hub name.
         data: files or hub names of the training rows.
+        columns: {expected name: name in the files}, for the files that have such a column.
         held_out: files or hub names of held-out rows.
         kind: None: conversations give `sft`, pairs `dpo`, pairs with rewards `rpo`, both `chain`.
         lora: train an adapter.
@@ -91,13 +94,18 @@ def new_recipe(
         ModelError: `model` is a directory whose config or tokenizer cannot be used.
     """
     paths = Paths(recipe, recipe)
-    sources = [_read(path, kind, paths) for path in data]
-    tests = [_read(path, kind, paths) for path in held_out]
+    named = dict(columns or {})
+    sources = [_read(path, kind, paths, named) for path in data]
+    tests = [_read(path, kind, paths, named) for path in held_out]
+    _check_named(named, [*sources, *tests])
     kinds = _stage_kinds(sources, kind)
     _check_held_out(tests, kinds)
     draft = Draft()
     facts = [f"{s.spec['path']}: {len(s.rows):,} rows, {s.comment}" for s in sources]
     tokenizer, limit = _put_model(draft, paths, model, [*sources, *tests])
+    if tokenizer is None:
+        near = near_directory(Path(model).expanduser())
+        facts.append(f"model {model}: no such directory, so this is a hub name{near}")
     draft.put(("run_dir",), f"runs/{recipe.stem}")
     for number, stage in enumerate(kinds):
         row_kind: _RowKind = "sft" if stage == "sft" else "pair"
@@ -123,7 +131,7 @@ def new_recipe(
     return NewRecipe(text, facts)
 
 
-def _read(path: str, kind: RecipeKind | None, paths: Paths) -> _Source:
+def _read(path: str, kind: RecipeKind | None, paths: Paths, named: Mapping[str, str]) -> _Source:
     """Read a data file and detect its format."""
     local = Path(path).expanduser()
     spec: dict[str, Any] = {"path": path}
@@ -131,6 +139,9 @@ def _read(path: str, kind: RecipeKind | None, paths: Paths) -> _Source:
     if local.exists():
         spec["path"] = paths.of_recipe(local)
     columns = {column for row in raw.rows for column in row}
+    if mapped := {ours: theirs for ours, theirs in named.items() if theirs in columns}:
+        spec["columns"] = mapped
+        columns = columns - {*mapped.values()} | mapped.keys()
     found = {"sft": "sft", "dpo": "pair", "rpo": "pair"}.get(str(kind)) or kind_of(columns)
     if found == "rating":
         raise RecipeError(
@@ -140,10 +151,13 @@ def _read(path: str, kind: RecipeKind | None, paths: Paths) -> _Source:
             fix="start from `rpo-trainer recipes reward/helpsteer2`, or give --kind sft",
         )
     row_kind: _RowKind = "sft" if found == "sft" else "pair"
-    if row_kind == "pair" and "question" in columns and not columns & set(PROMPT_COLUMNS):
+    pairs = {"question", "chosen", "rejected"} <= columns
+    if row_kind == "pair" and pairs and not columns & set(PROMPT_COLUMNS):
         spec["format"] = "orca"
     form = find_format(columns, row_kind, spec.get("format"), raw.where)
-    rows = adapt(raw, kind=row_kind, format=spec.get("format"), audit=Audit())
+    rows = adapt(
+        raw, kind=row_kind, format=spec.get("format"), columns=mapped or None, audit=Audit()
+    )
     if not rows:
         raise DataError(
             "none of the rows can be trained on",
@@ -155,6 +169,18 @@ def _read(path: str, kind: RecipeKind | None, paths: Paths) -> _Source:
     what = "conversations" if row_kind == "sft" else "pairs"
     what += " with rewards" if row_kind == "pair" and source.scored else ""
     return _Source(spec, rows, row_kind, f"{what} ({', '.join(form.required)})")
+
+
+def _check_named(named: Mapping[str, str], sources: Sequence[_Source]) -> None:
+    """Raise RecipeError if no file has one of the columns of --column."""
+    for ours, theirs in named.items():
+        if not any(ours in source.spec.get("columns", {}) for source in sources):
+            raise RecipeError(
+                f"no file has a column `{theirs}`",
+                code="init.unknown-column",
+                where=f"--column {ours}={theirs}",
+                fix="write OURS=THEIRS, with the name that the file uses after `=`",
+            )
 
 
 def _stage_kinds(sources: Sequence[_Source], kind: RecipeKind | None) -> list[str]:
@@ -211,9 +237,10 @@ def _put_model(
 ) -> tuple[PreTrainedTokenizerBase | None, int | None]:
     """Put `model`; return the tokenizer and the context length (tokens) of a local model."""
     folder = Path(model).expanduser()
-    if not folder.exists() and model.startswith((".", "/", "~")):
+    if folder.is_file() or (not folder.exists() and model.startswith((".", "/", "~"))):
+        what = "this is a file, not a directory" if folder.is_file() else "no such directory"
         raise RecipeError(
-            "no such directory",
+            f"{what}{near_directory(folder)}",
             code="init.no-such-model",
             where=f"--model {model}",
             fix="give a directory with config.json and safetensors files, or a hub name",

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
@@ -179,7 +186,8 @@ def training_config(
             why="transformers does not accept this combination of arguments, or not on this machine",
             fix="see transformers.TrainingArguments for the accepted values",
         ) from error
-    args.compared_with_trl = False  # type: ignore[misc]  # recipes do not have TRL's defaults
+    _require_optimizer(args, f"stages.{stage.name}.optim")
+    args.compared_with_trl = False  # type: ignore[misc]  # a recipe does not promise TRL's defaults
     try:
         if stage.data.eval or stage.data.eval_fraction:
             require_best_metric(args, {None: trainer_class.metric_names(args)})
@@ -197,6 +205,21 @@ def training_config(
             fix="install its package, or remove it from `report_to`; metrics.jsonl always has all metrics",
         ) from error
     return args
+
+
+def _require_optimizer(args: TrainingArguments, where: str) -> None:
+    """Raise RecipeError if the library of the optimizer is not installed."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except ImportError as error:
+        raise RecipeError(
+            f"the optimizer {OptimizerNames(args.optim).value} cannot be used: {error}",
+            code="recipe.missing-library",
+            where=where,
+            fix="install the library, or choose another optimizer, such as adamw_torch",
+        ) from error
+    except Exception as error:  # some optimizers require the model, which does not exist yet
+        logger.debug("%s was not created: %s", args.optim, error)
 
 
 def named_files(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

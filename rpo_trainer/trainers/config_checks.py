@@ -151,8 +151,8 @@ def accumulation_of(batch: int, per_device: int, ranks: int, where: str) -> int:
         smaller = [m for m in range(per_device, 0, -1) if batch > 0 and not batch % (ranks * m)]
         size = f"a micro-batch size of {smaller[0]}" if smaller else "another number of ranks"
         raise RecipeError(
-            f"global_batch_size {batch} is not a multiple of {ranks} rank(s) × "
-            f"per_device_train_batch_size {per_device}",
+            f"global_batch_size {batch} is not a multiple of {ranks} rank{'s' * (ranks > 1)} × "
+            f"{per_device} examples per micro-batch",
             code="training.indivisible-batch",
             where=where,
             why="each micro-batch of each rank has the same number of examples",

@@ -349,7 +349,7 @@ def test_held_out_rows_of_a_stage_that_samples(responses_from: str | None, tmp_p
     row = {"prompt": "2 + 2 = ", "chosen": "4", "rejected": "5"}
     rewards = {"chosen_reward": 1.0, "rejected_reward": 0.0}
     (tmp_path / "held.jsonl").write_text(json.dumps({**row, **rewards}) + "\n")
-    assert check(tmp_path, recipe).count("  1 held-out examples") == 2  # of both rounds
+    assert check(tmp_path, recipe).count("  1 held-out example") == 2  # of both rounds
     (tmp_path / "held.jsonl").write_text(json.dumps(row) + "\n")
     assert "data.missing-rewards" in codes_of(problems(tmp_path, recipe))
 
@@ -499,7 +499,7 @@ def test_what_is_dropped_of_held_out_rows_is_shown(tmp_path: Path) -> None:
     recipe = tiny.tiny_recipe()
     tiny.stage_of(recipe, "code")["data"]["eval"] = [{"path": "held.jsonl"}]
     lines = check(tmp_path, recipe, only={"code"})
-    assert "  1 held-out examples" in lines
+    assert "  1 held-out example" in lines
     dropped = f"1 row, {DROPS['empty_response']} (held.jsonl:2)"
     assert any(line.startswith("  held out: 50%") and line.endswith(dropped) for line in lines)
     assert any(line.startswith("  WARNING: held out: 50%") for line in lines)

@@ -200,6 +200,19 @@ def test_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "`pip install x`" in error.value.what and error.value.fix
 
 
+def test_an_optimizer_whose_library_is_missing_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import trainer_optimizer
+
+    monkeypatch.setattr(trainer_optimizer, "is_bitsandbytes_available", lambda *_: False)
+    where = "stages.code.optim"
+    with raises("recipe.missing-library", RecipeError, where=where) as error:
+        config(tmp_path, "code", optim="paged_adamw_8bit")
+    assert "bitsandbytes" in error.value.what
+    assert config(tmp_path, "code", optim="adafactor").optim == "adafactor"
+
+
 def test_an_adapter_from_a_recipe(tmp_path: Path) -> None:
     assert lora_config(stage_with(tmp_path, "code")) is None
     made = lora_config(stage_with(tmp_path, "code", peft={"r": 3, "target_modules": ["q_proj"]}))

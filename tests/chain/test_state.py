@@ -14,7 +14,7 @@ import pytest
 from transformers import TrainingArguments
 
 from rpo_trainer.chain.changes import SAFE_ARGUMENTS, SAFE_FIELDS, differences
-from rpo_trainer.chain.run_dir import locked, open_run_dir
+from rpo_trainer.chain.run_dir import check_writable, locked, open_run_dir
 from rpo_trainer.chain.state import ChainState, forget_metrics
 from rpo_trainer.errors import RecipeError, RunError
 from rpo_trainer.recipe.schema import STAGE_KINDS, ModelSpec, Recipe
@@ -317,6 +317,19 @@ def test_a_file_in_place_of_the_directory_is_refused(tmp_path: Path) -> None:
         open_run_dir(tmp_path / "run" / "below")
     assert "Not a directory" in error.value.what
     assert (tmp_path / "run").read_text() == "x"
+
+
+def test_check_finds_a_directory_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_writable(tmp_path / "new" / "run")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("x")
+    with raises("run.unusable-directory", RunError, where=str(tmp_path / "file" / "run")):
+        check_writable(tmp_path / "file" / "run")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with raises("run.unusable-directory", RunError, where=str(tmp_path / "new")):
+        check_writable(tmp_path / "new")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

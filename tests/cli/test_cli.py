@@ -123,6 +123,11 @@ def test_wrong_words(words: list[str], capsys: pytest.CaptureFixture[str]) -> No
     assert ("Error: " in shown or "Usage: " in shown) and "Traceback" not in shown
 
 
+def test_a_misspelled_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("stauts") == 2
+    assert "`status`" in capsys.readouterr().err
+
+
 def test_an_option_that_is_neither_ours_nor_of_the_recipe(
     recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

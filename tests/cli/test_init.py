@@ -41,6 +41,9 @@ ROWS: dict[str, list[Row]] = {
         {"prompt": turns(f"q{i % 19}"), "chosen": f"yes {i}", "rejected": f"no {i}"}
         for i in range(24)
     ],
+    "renamed": [
+        {"question": turns(f"q{i}"), "good": f"yes {i}", "bad": f"no {i}"} for i in range(24)
+    ],
     "rated": [{"prompt": "q", "response": "a", "score": 1.0}],
     "kto": [{"prompt": "q", "completion": "a", "label": True}],
     "prompts": [{"prompt": "q"}],
@@ -159,6 +162,22 @@ def test_orca_rows_are_named(init: Any, tmp_path: Path) -> None:
     assert stage.data.train[0].format == "orca"
 
 
+def test_columns_are_mapped_in_the_files_that_have_them(init: Any, tmp_path: Path) -> None:
+    named = {"prompt": "question", "chosen": "good", "rejected": "bad"}
+    words = [word for ours, theirs in named.items() for word in ("--column", f"{ours}={theirs}")]
+    assert init("renamed", "pairs", more=words) == 0
+    (stage,) = load_recipe(tmp_path / "new.yaml").recipe.stages
+    assert stage.kind == "dpo"
+    assert [source.columns for source in stage.data.train] == [named, None]
+
+
+def test_a_model_that_is_not_a_directory_is_reported(
+    init: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert init("pairs", more=["--model", "modell"]) == 0
+    assert "`model`" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("data", "more", "code"),
     [
@@ -171,6 +190,9 @@ def test_orca_rows_are_named(init: Any, tmp_path: Path) -> None:
         (["pairs"], ["--eval", "conversations.jsonl"], "init.unused-held-out"),
         (["absent"], [], "data.no-such-file"),
         (["pairs"], ["--model", "./absent"], "init.no-such-model"),
+        (["pairs"], ["--model", "pairs.jsonl"], "init.no-such-model"),
+        (["renamed"], [], "data.unrecognized-columns"),
+        (["pairs"], ["--column", "chosen=absent"], "init.unknown-column"),
     ],
     ids=str,
 )

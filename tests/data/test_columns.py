@@ -100,6 +100,7 @@ def test_rows_that_lack_a_prompt_name_the_columns_that_stand_unread() -> None:
         ("sft", ("problem", "solution", "answer"), "{prompt: problem, response: answer}"),
         ("prompt", ("question",), "{prompt: question}"),
         ("pair", ("prompt", "better", "worse"), "{chosen: better, rejected: worse}"),
+        ("pair", ("prompt", "choosen", "rejected"), "{chosen: choosen}"),
         ("sft", ("question", "that"), "{prompt: question, response: NAME}"),
     ],
 )  # fmt: skip

@@ -138,6 +138,13 @@ def test_what_is_not_there_is_named(name: str, tmp_path: Path) -> None:
         load_weights(tmp_path / "absent")
 
 
+def test_the_nearest_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tiny-model").mkdir()
+    with raises("model.not-found", ModelError) as error:
+        load_tokenizer(ModelSpec(name_or_path="./tiny-modell"), tmp_path)
+    assert "`tiny-model`" in error.value.what
+
+
 def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     model = load_weights(folder / "model")
     shutil.copytree(folder / "model", tmp_path / "pickled")

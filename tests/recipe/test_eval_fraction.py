@@ -80,7 +80,7 @@ def test_check_plan_preview_and_run_agree(
     recipe = recipe_of(tmp_path, name)
     loaded = tiny.load(tmp_path, recipe)
     lines = [line.strip() for line in check_recipe(loaded, tmp_path / "run")]
-    assert "30 examples, 1 steps" in lines and "10 held-out examples" in lines
+    assert "30 examples, 1 step" in lines and "10 held-out examples" in lines
     (planned,) = plan_recipe(loaded, tmp_path / "run").stages
     assert planned.examples == 30
     shown = [text.plain for text in preview(loaded, 1, colors=False)]

@@ -96,8 +96,9 @@ def test_all_are_in_the_text_of_the_exception(load: Load) -> None:
         ("model: !!python/object:os.x {}\n", "recipe.invalid-yaml", ":1", "!!python/object:os.x"),
         (b"model: x\nrun_dir: caf\xe9\n", "recipe.not-utf8", ":2", "21"),
         ("a: 1\n" * 300_000, "recipe.too-large", "", "1 MiB"),
+        ('{"prompt": "a"}\n\n{"prompt": "b"}\n', "recipe.data-file", "", "data"),
     ],
-    ids=["tab", "list", "text", "tag", "not UTF-8", "too large"],
+    ids=["tab", "list", "text", "tag", "not UTF-8", "too large", "rows"],
 )
 def test_a_file_that_is_no_recipe(
     problems: Show, text: str | bytes, code: str, where: str, word: str
@@ -120,8 +121,19 @@ def test_absent_with_the_nearest_name(tmp_path: Path) -> None:
     (found,) = problems_of(error.value)
     assert found.where == str(path) and f"`{tmp_path / 'chain.yaml'}`" in found.what
     with raises("recipe.no-such-file", Problems) as error:
+        load_recipe(tmp_path / "chain")
+    assert "chain.yaml`" in problems_of(error.value)[0].what
+    with raises("recipe.no-such-file", Problems) as error:
         load_recipe(tmp_path / "no" / "directory.yaml")
     assert "`" not in problems_of(error.value)[0].what
+
+
+def test_a_data_file_by_its_suffix(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    path.write_bytes(b"PAR1\xe9")
+    with raises("recipe.data-file", Problems) as error:
+        load_recipe(path)
+    assert str(path) in str(problems_of(error.value)[0].fix)
 
 
 def test_a_directory_names_the_recipes_in_it(tmp_path: Path) -> None:

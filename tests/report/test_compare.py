@@ -52,6 +52,16 @@ def test_final_figures_with_intervals_and_the_best(two_runs: list[Path]) -> None
     assert rows(comparison)["stages"] == ["3 of 3", "3 of 3"]
 
 
+def test_own_held_out_pairs_without_other_figures(make_run: Make, make_stage: Make) -> None:
+    metrics = [
+        {"stage": "dpo", "step": 1, "eval_rewards/margins": 0.5, "eval_rewards/accuracies": 0.75}
+    ]
+    run_dir = make_run(stages=[make_stage("dpo", "dpo", eval={})], metrics=metrics)
+    shutil.copytree(run_dir, run_dir.parent / "second")
+    found = rows(compare_runs([run_dir, run_dir.parent / "second"]))
+    assert found["own_gap"] == ["0.500"] * 2 and found["own_accuracy"] == ["0.750"] * 2
+
+
 def test_only_what_differs_is_listed(two_runs: list[Path]) -> None:
     (difference,) = compare_runs(two_runs).differences
     assert (difference.key, difference.values) == ("stages.rpo.beta", ["0.25", "1"])

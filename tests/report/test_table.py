@@ -118,6 +118,14 @@ def test_pairs_that_a_stage_held_out_are_shown(make_run: Make, make_stage: Make)
     columns = cells(collect_run(run_dir))
     assert (columns["own_gap"][0].text, columns["own_accuracy"][0].text) == ("0.500", "0.750")
     assert "0.500" in printed(run_dir) and "loss" not in columns
+    assert "held-out" in printed(run_dir)
+
+
+def test_training_metrics_are_named_as_such(make_run: Make, make_stage: Make) -> None:
+    stages = [make_stage("dpo", "dpo", eval={})]
+    metrics = [{"stage": "dpo", "step": 1, "rewards/margins": 0.25}]
+    text = printed(make_run(stages=stages, metrics=metrics))
+    assert "0.250" in text and "training metrics" in text
 
 
 def test_markup_in_a_name_is_text(make_run: Make, make_stage: Make) -> None:

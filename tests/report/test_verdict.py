@@ -123,7 +123,7 @@ def test_remarks_and_many_drops_are_warnings(make_run: Make, make_stage: Make) -
     stages = [make_stage("dpo", "dpo", data={"audit": audit})]
     run = collect_run(make_run(stages=stages, metrics=[]))
     dropped, remark = about(run, "dpo", "data-dropped"), about(run, "dpo", "data-remark")
-    assert dropped.level == "warn" and "40%" in dropped.text and "40 rows" in dropped.text
+    assert dropped.level == "warn" and "40%" in dropped.text and "(40 of 100 rows)" in dropped.text
     assert remark.level == "warn" and remark.text == "a remark."
 
 

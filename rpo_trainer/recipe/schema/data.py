@@ -98,8 +98,8 @@ class FilterSpec(Spec):
 
     min_chosen_reward: float | None = Field(
         None,
-        description="drop rows with a lower reward of the chosen response; ground truth as chosen "
-        "response always passes",
+        description="drop rows whose chosen response has a lower reward; a chosen response that is "
+        "the ground truth always passes",
     )
     min_chosen_quantile: float | None = Field(
         None,
@@ -112,8 +112,8 @@ class FilterSpec(Spec):
         None,
         gt=0,
         le=1,
-        description="keep this fraction of the rows, those with the best rewards of the chosen response, "
-        "and all rows with ground truth as chosen response",
+        description="keep this fraction of the rows, those whose chosen responses have the highest rewards, "
+        "and all rows whose chosen response is the ground truth",
     )
     min_gap: float | None = Field(
         None,

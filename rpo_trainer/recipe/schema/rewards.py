@@ -181,5 +181,5 @@ class PairsSpec(Spec):
     min_gap: float = Field(
         0.0,
         ge=0,
-        description="drop rows (or pairs) whose gap between best and worst reward is not larger",
+        description="drop rows (or pairs) whose gap between best and worst reward is not larger than this",
     )
