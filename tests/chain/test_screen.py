@@ -86,6 +86,8 @@ def test_a_run_in_a_terminal(tmp_path: Path) -> None:
     # A path is printed whole, to be copied; how long it is depends on where the tests run.
     others = [line for line in lines if not line.startswith("model: ")]
     assert [line for line in others if len(line) > COLUMNS] == []
+    held_out = [line for line in lines if line.startswith("[1/5 code] held-out at step ")]
+    assert [line.split()[5:7] for line in held_out] == [["0/6:", "loss"], ["6/6:", "loss"]]
     bars = [line for line in lines if _BAR.search(line)]
     assert [line for line in bars for bar in _BAR.finditer(line) if len(bar[0]) < 22] == []
     assert any(re.search(r"step \d/3, \d\d:\d\d left$", line) for line in bars)
@@ -107,10 +109,12 @@ def test_a_resumed_run_in_a_terminal(finished_copy: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_in_a_pipe(finished_copy: Path) -> None:
-    """Plain lines: no control characters, a line for each logging step."""
+    """Plain lines: no control characters, a line for each logging step and each evaluation."""
     shutil.rmtree(finished_copy / "rpo-2")
     unfinished_dir = tiny.cut_before(finished_copy, finished_copy.parent / "cut", "dpo")
-    recipe = finished_copy.parent / "recipe.yaml"
+    changed = tiny.changed(tiny.tiny_recipe(), "dpo.eval_steps", 2)
+    tiny.stage_of(changed, "dpo")["data"]["eval_fraction"] = 0.25
+    recipe = tiny.write_recipe(finished_copy.parent, changed)
     done = subprocess.run(
         [
             sys.executable, "-m", "rpo_trainer", "dpo", str(recipe), "--run-dir",
@@ -125,3 +129,9 @@ def test_a_run_in_a_pipe(finished_copy: Path) -> None:
     steps = [line for line in lines if line.startswith("[3/5 dpo] step ")]
     assert [line.split()[3] for line in steps] == ["1/3", "2/3", "3/3"]
     assert "left" in steps[0] and "  chain 0" in steps[0]
+    held_out = [line for line in lines if line.startswith("[3/5 dpo] held-out at step ")]
+    assert [line.split()[5] for line in held_out] == ["0/3:", "2/3:", "3/3:"]
+    figures = re.compile(
+        r": loss [\d.]+, gap -?[\de.-]+, pair accuracy [\d.]+, Δchosen -?[\de.-]+$"
+    )
+    assert [line for line in held_out if not figures.search(line)] == []
