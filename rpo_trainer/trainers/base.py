@@ -458,7 +458,6 @@ class BaseTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as transformers does; with FSDP and DeepSpeed only after training has started."""
         self.engine.require_wrapped()
-        self._make_output_dir()
         return super().evaluate(*args, **kwargs)
 
     def prediction_step(  # type: ignore[override]
@@ -487,7 +486,7 @@ class BaseTrainer(Trainer):
     # --- checkpoints and outputs ---
 
     def _make_output_dir(self) -> None:
-        """Create the output directory, as methods of transformers and callbacks expect it."""
+        """Create the output directory, which methods of transformers and callbacks expect."""
         if self.args.should_save:
             Path(str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
 
@@ -522,7 +521,18 @@ class BaseTrainer(Trainer):
         """Create the model card of `transformers.Trainer`, with TRL's name for `dataset`."""
         if dataset_name is not None:
             kwargs["dataset"] = dataset_name
+        self._make_output_dir()
         super().create_model_card(*args, **kwargs)
+
+    def save_metrics(self, *args: Any, **kwargs: Any) -> None:
+        """Save metrics as transformers does."""
+        self._make_output_dir()
+        super().save_metrics(*args, **kwargs)
+
+    def save_state(self) -> None:
+        """Save the state as transformers does."""
+        self._make_output_dir()
+        super().save_state()
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None

@@ -295,16 +295,20 @@ def test_a_directory_that_is_there_before_the_constructor_stays(
 
 
 def test_what_is_written_without_training_has_its_directory(start, make_trainer, tmp_path):
-    """Example scripts evaluate and then write metrics and state, which expects the directory."""
+    """Example scripts write metrics and state, which expects the directory."""
     rows = rows_of("dpo", PAIRS)
-    output = tmp_path / "new" / "out"
-    trainer = make_trainer(
-        "dpo", copy.deepcopy(start), rows, eval_rows=rows, output_dir=str(output)
-    )
-    assert not output.exists()
-    trainer.save_metrics("eval", trainer.evaluate())
-    trainer.save_state()
-    assert {"eval_results.json", "trainer_state.json"} <= {path.name for path in output.iterdir()}
+    writers = {
+        "eval_results.json": lambda trainer: trainer.save_metrics("eval", {"eval_loss": 1.0}),
+        "trainer_state.json": lambda trainer: trainer.save_state(),
+        "README.md": lambda trainer: trainer.create_model_card(model_name="m"),
+        "model.safetensors": lambda trainer: trainer.save_model(),
+    }
+    for file, write in writers.items():
+        output = tmp_path / file / "out"
+        trainer = make_trainer("dpo", copy.deepcopy(start), rows, output_dir=str(output))
+        assert not output.exists()
+        write(trainer)
+        assert (output / file).is_file()
 
 
 def test_the_model_stays_a_whole_model(start, make_trainer):
