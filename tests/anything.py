@@ -1,4 +1,4 @@
-"""Any value in any place, for what reads what people have written."""
+"""Arbitrary values in arbitrary places, for readers of hand-written files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ ANYTHING = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=4,
 )
-# What a file is likely to have in the wrong place.
+# Values that a file is likely to have in the wrong place.
 LIKELY = st.sampled_from(
     ["", " ", "x", "user", [], {}, [[]], [None], ["x"], 0, -1, 4.5, float("nan"), 10**400, [Q], [A]]
 )
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path to every value within."""
+    """Yield the path to every nested value."""
     inner: Any = ()
     if isinstance(value, dict):
         inner = value.items()

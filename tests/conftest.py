@@ -20,10 +20,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
-    """The folder with real data that may lie beside a checkout; tests that need it skip without it."""
+    """The directory with real data next to a checkout; tests that need it are skipped without it."""
     path = Path(__file__).resolve().parents[2] / "shared"
     if not path.is_dir():
-        pytest.skip("the real data beside the checkout is absent")
+        pytest.skip("the real data next to the checkout is absent")
     return path
 
 
@@ -33,9 +33,9 @@ FAULTS = "faults injected, and what came of them"
 
 @pytest.fixture
 def injected(record_property: Callable[[str, object], None]) -> Injected:
-    """`injected(fault, outcome)`, said when it has been shown, is a line of the summary.
+    """`injected(fault, outcome)` adds a line to the summary; call it after the outcome has been asserted.
 
-    `survived`: the outcome is that of an undisturbed run. `stopped`: with the reason, nothing lost.
+    `survived`: the outcome is that of an undisturbed run. `stopped`: with the reason, and nothing is lost.
     """
     record_property("injects faults", True)
 
@@ -47,7 +47,7 @@ def injected(record_property: Callable[[str, object], None]) -> Injected:
 
 @pytest.fixture(autouse=True)
 def untouched_log() -> None:
-    """A command called in a test, or in a fixture, sets the package's logger up for its own stderr."""
+    """Undo what a command called in a test or a fixture has changed in the package's logger."""
     package = logging.getLogger("rpo_trainer")
     package.handlers, package.propagate = [RedactingHandler()], True
     package.setLevel(logging.NOTSET)
@@ -67,20 +67,20 @@ def same_threads() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """`@pytest.mark.extras("deepspeed")`: skips where that package is not installed."""
+    """`@pytest.mark.extras("deepspeed")`: skip the test if this package is not installed."""
     for mark in item.iter_markers("extras"):
         for module in mark.args:
             pytest.importorskip(module, reason=f"requires {module}: the extra `test-all` has it")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests first: dealt out last, they would keep one worker while others idle."""
+    """Sort files with the most slow tests first; started last, they would keep one worker busy alone."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Prints the tables that tests have recorded as properties, a line each: `table: TITLE` → LINE."""
+    """Print the tables that tests have recorded as properties, one line each: `table: TITLE` → LINE."""
     reports = [r for reports in terminalreporter.stats.values() for r in reports]
     tables: dict[str, list[str]] = {}
     for report in reports:

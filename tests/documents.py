@@ -1,4 +1,4 @@
-"""What the documents hold: blocks of code, commands, and pieces of recipes in the text."""
+"""Contents of the documentation: blocks of code, commands, and recipe fragments in the text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.md"), *(ROOT / "docs").rglob("*.md")]
 )
-# What has changed is told by its old names too.
+# The changelog also names things by their old names.
 TOLD = [path for path in DOCUMENTS if path.name != "CHANGELOG.md"]
 SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
 
@@ -21,7 +21,7 @@ _INDENTED = r"(?<=\n\n)(?P<indented>(?: {4}[^\n]*\n)+)"
 
 
 class Block(NamedTuple):
-    """Code set apart: `kind` is the language of a fence, or `indented`, or `comment` of a recipe."""
+    """A code block: `kind` is the language of a fence, or `indented`, or `comment` of a recipe."""
 
     page: str
     kind: str
@@ -41,7 +41,7 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def code(path: Path) -> Iterator[Block]:
-    """The blocks of a document in order; of a recipe the comment at its top."""
+    """Yield the blocks of a document in order; for a recipe, its leading comment."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".yaml":
         comment = re.match(r"(?:#.*\n)*", text)
@@ -57,7 +57,7 @@ def code(path: Path) -> Iterator[Block]:
 
 
 def spans(path: Path) -> list[str]:
-    """What stands between backticks in the text, on one line each; of tables of names our side alone."""
+    """Return the code spans of the text, each on one line; in tables of foreign names, only our column."""
     text = re.sub(_FENCED, "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     if path.name == "coming-from.md":
         text = re.sub(r"^\|[^|]*\|([^|]*)\|.*$", r"\1", text, flags=re.MULTILINE)
@@ -65,11 +65,11 @@ def spans(path: Path) -> list[str]:
 
 
 def commands(block: Block) -> list[str]:
-    """The lines of a block that start a program, continued lines joined, without what is remarked."""
+    """Return the lines of a block that start a program, with continued lines joined, without comments."""
     if block.kind not in ("indented", "comment", "sh"):
         return []
     lines = re.sub(r"\\\n\s*", "", block.text).splitlines()
-    if block.kind == "comment":  # it may stand behind a sentence
+    if block.kind == "comment":  # it may follow a sentence
         lines = [re.sub(r"^.*: (?=rpo-trainer )", "", line) for line in lines]
     lines = [re.sub(r"\s+#.*$", "", line.strip()) for line in lines]
     return [line for line in lines if is_command(line)]

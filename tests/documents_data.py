@@ -1,7 +1,6 @@
-"""What the documents call ./base-model, ./model, pairs.jsonl and so on, made on the spot.
+"""Files that the documentation calls ./base-model, ./model, pairs.jsonl and so on, created for the tests.
 
-The questions are sums with one figure for an answer, so that a verifier of numbers can score what a
-model says.
+The questions are sums with a one-digit answer, so that a numeric verifier can score the responses.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def conversation(role: str, text: str) -> list[dict[str, str]]:
 
 
 def rows(kind: str, *, messages: bool = False) -> list[Row]:
-    """Rows of a kind (see `_rest`), with text or with messages where the kind has both."""
+    """Rows of a kind (see `_rest`), as text or as messages if the kind supports both."""
 
     def said(role: str, text: str) -> Any:
         return conversation(role, text) if messages else text
@@ -69,7 +68,7 @@ def write(path: Path, lines: list[Row]) -> None:
 
 
 def save_base_model(folder: Path) -> None:
-    """A random model that has the tokens and the template of ChatML, and reads 4096 tokens."""
+    """A random model with the tokens and template of ChatML, and a context of 4096 tokens."""
     tokenizer = character_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(CHATML_TOKENS)})
     tokenizer.chat_template = CHATML
@@ -78,7 +77,7 @@ def save_base_model(folder: Path) -> None:
 
 
 def save_policy(folder: Path) -> None:
-    """A model that answers any sum with 2, 3 or 4."""
+    """A model that answers every sum with 2, 3 or 4."""
     figures = dict.fromkeys("234", 1 / 3)
     model = next_token_model({" ": figures} | {figure: {"</s>": 1.0} for figure in figures})
     model.config.max_position_embeddings = 1024

@@ -1,11 +1,11 @@
 """A small random model of every family of transformers, from the defaults of its config class.
 
 `tiny_model("llama4")` is a model of four layers with random biases, norms and scales. Sizes are set by the
-names of the config's fields, so a family that transformers adds usually needs no entry here.
+names of the config's fields, so that a new family of transformers usually needs no entry here.
 
-How far attention, chunks and indexers reach is an argument: by default a few tokens, so that rows of ten
-tokens see the limits; with `wide=True` tens of tokens, which rows of ten tokens do not see. Real models are
-of the second kind: their windows are longer than any text that a probe would read.
+The reach of attention, chunks and indexers is an argument: by default a few tokens, so that it limits rows of
+ten tokens; with `wide=True` tens of tokens, so that it does not. Real models are of the second kind: their
+windows are longer than any text of a probe.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 VOCABULARY, LAYERS = 128, 4
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
-# Field names (patterns), and their value. The first that fits counts; fields that are None stay None.
+# Field names (patterns) and their values. The first match counts; fields that are None stay None.
 _SIZES: tuple[tuple[str, Any], ...] = (
     # tables
-    ("type_vocab_size task_type_vocab_size depthwise_multiplier", None),  # None: as it is
+    ("type_vocab_size task_type_vocab_size depthwise_multiplier", None),  # None: unchanged
     ("ngram_vocab_size_base encoder_hash_byte_group_vocab", 64),
     ("*vocab_size vocab_size_per_layer_input", VOCABULARY),
     ("make_ngram_vocab_size_divisible_by", 8),
     ("original_max_position_embeddings", 256),
     ("max_position_embeddings n_positions n_ctx max_seq_len context_length model_max_length", 512),
     ("max_source_positions max_target_positions", 512),
-    # experts, low ranks, indexers; in front of the widths, whose patterns are wider
+    # experts, low ranks, indexers; before the widths, whose patterns are more general
     ("moe_*intermediate_size shared_*intermediate_size expert_ffn_hidden_size", 24),
     ("num_experts num_local_experts n_routed_experts moe_num_experts", 4),
     ("num_experts_per_tok* moe_topk moe_k zero_expert_num", 2),
@@ -52,7 +52,7 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     ("mamba_n_heads mamba_num_heads linear_num_heads linear_num_value_heads", 4),
     ("n_mamba_heads linear_num_key_heads attn_layer_period expert_layer_period", 2),
     ("mamba_*groups n_groups attn_layer_offset expert_layer_offset num_random_blocks", 1),
-    # towers that read no text
+    # towers, which read no text
     ("image_size", 28),
     ("depths", [1, 1]),
     ("num_mel_bins num_position_embeddings", 16),
@@ -72,7 +72,7 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     ("no_rope_layer_interval interleave_moe_layer_step n_layers_per_attn_res_block", 2),
     ("num_layers_per_stack", 2),
     ("num_kv_shared_layers num_nextn_predict_layers", 0),
-    # scales: other than one, since a factor of one that is left out would not be seen
+    # scales: not one, because a missing factor of one would not be detected
     ("logits_scaling", 4.0),
     ("embedding_multiplier *logit_softcapping *logit*_soft_cap", 3.0),
     ("residual_multiplier ssm_out_multiplier", 0.6),
@@ -86,7 +86,7 @@ _SIZES: tuple[tuple[str, Any], ...] = (
     ("cls_token_id", 4),
     ("mask_token_id", 5),
 )  # fmt: skip
-# Fields that say how far a token sees: their value, and the one with `wide`.
+# Fields that limit how far a token attends: their value, and the one with `wide`.
 _REACHES: tuple[tuple[str, int, int], ...] = (
     ("sliding_window* window_size attention_window_size keep_window_size", 6, 40),
     ("attention_chunk_size rel_extent log_scaling_n_floor floor_scale", 8, 40),
@@ -98,12 +98,12 @@ _REACHES: tuple[tuple[str, int, int], ...] = (
     ("local_attention_window_len", 12, 40),
     ("mem_len", 8, 512),
 )
-# Lists with an entry for each layer: the kinds of the default take turns.
+# Lists with an entry for each layer: the default's kinds alternate.
 _PER_LAYER = "layer_types mlp_layer_types layers_block_type block_types indexer_types"
 _NEVER_NONE = "pad_token_id bos_token_id eos_token_id"
 _NOT_FROM_ZERO = "n_shared_experts num_shared_experts shared_intermediate_size"
 
-WINDOW = "<window>"  # in the settings below: the reach of a window
+WINDOW = "<window>"  # in the settings below: the size of a window
 ABSENT = "<absent>"  # ... : the field is left out
 _LAYERS_IN_TURN = ["full_attention", "sliding_attention"] * 2
 _QWEN_WINDOW = {
@@ -116,7 +116,7 @@ _INDEXER = {
 }  # fmt: skip
 _WIDE_HEADS = {"per_layer_config": {1: {"head_dim": 16}, 3: {"head_dim": 16}}}
 
-# What families need beside their shrunk defaults: several alike, and single ones.
+# Settings that families need in addition to their reduced defaults: several families, then single ones.
 _SETTINGS_OF_MANY: tuple[tuple[str, dict[str, Any]], ...] = (
     (
         "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert reformer "
@@ -181,7 +181,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 _ROUTED = {"output_router_logits": True, "router_aux_loss_coef": 0.1}
-# Families that the sweep leaves out, and why.
+# Families that the sweep excludes, and why.
 NOT_SWEPT = {
     "gemma3n": "its vision tower needs timm, its language model is `gemma3n_text`",
     "gemma4_assistant": "drafts for another model and reads that model's states",
@@ -248,7 +248,7 @@ def tiny_model(
 
 
 def stirred(model: nn.Module) -> Any:
-    """The model with noise on all parameters: biases of zero and norms of one would hide faults."""
+    """Return the model with noise on all parameters: biases of zero and norms of one would hide faults."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
@@ -261,7 +261,7 @@ def _settings(family: str) -> dict[str, Any]:
 
 
 def _shrunk(fields: Mapping[str, Any], wide: bool) -> dict[str, Any]:
-    """The fields whose small value differs from the default."""
+    """Return the fields whose small value differs from the default."""
     small: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, dict) and "model_type" in value:
@@ -280,7 +280,7 @@ def _shrunk(fields: Mapping[str, Any], wide: bool) -> dict[str, Any]:
 
 
 def _sized(name: str, value: Any) -> bool:
-    """Whether a field's value is one to be replaced."""
+    """Whether a field's value is to be replaced."""
     if value is None:
         return _fits(name, _NEVER_NONE)
     if isinstance(value, list) and name not in ("eos_token_id", "depths"):
@@ -304,7 +304,7 @@ def _fits(name: str, patterns: str) -> bool:
 
 
 def _over(fields: dict[str, Any], settings: Mapping[str, Any], wide: bool) -> dict[str, Any]:
-    """The fields with settings laid over them."""
+    """Return the fields updated with the settings."""
     out = dict(fields)
     for name, value in settings.items():
         if value == ABSENT:

@@ -1,4 +1,4 @@
-"""Which private names of other libraries a package uses: from its source, and from the classes it extends."""
+"""Private names of other libraries that a package uses: from its source, and from the classes it extends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "rpo_trainer"
-DOCUMENTED = {"_exit", "_replace"}  # of os and of named tuples: public in all but their names
+DOCUMENTED = {"_exit", "_replace"}  # of os and of named tuples: public despite their names
 _TEXT_METHODS = {"endswith", "startswith", "removesuffix", "removeprefix", "partition", "replace"}
 
 
@@ -23,7 +23,7 @@ def private(name: str) -> bool:
 
 
 def own_attributes(trees: Sequence[ast.AST]) -> set[str]:
-    """Names bound in the bodies of classes, or through `self` and `cls`."""
+    """Yield names bound in the bodies of classes, or through `self` and `cls`."""
     found: set[str] = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.ClassDef):
@@ -56,7 +56,7 @@ def foreign_in(tree: ast.Module, own: set[str]) -> set[str]:
 
 
 def read_of_others(tree: ast.Module) -> set[str]:
-    """Private attributes that are read of something else than `self`."""
+    """Private attributes of objects other than `self`."""
     found = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     return {node.attr for node in found if private(node.attr) and not _of_self(node)}
 
@@ -87,7 +87,7 @@ def _attributes(tree: ast.Module) -> Iterator[str]:
 
 
 def _strings(tree: ast.Module) -> Iterator[str]:
-    """Texts that may name an attribute: whole ones, and none that is cut from another text."""
+    """Strings that may name an attribute: complete ones, not parts of another string."""
     ends: set[int] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
@@ -97,7 +97,7 @@ def _strings(tree: ast.Module) -> Iterator[str]:
                 ends |= set(map(id, node.args))
         elif isinstance(node, ast.For) and isinstance(node.iter, ast.Tuple):
             values = [part.value for part in node.iter.elts if isinstance(part, ast.Constant)]
-            if "" in values:  # endings of a name
+            if "" in values:  # suffixes of a name
                 ends |= set(map(id, node.iter.elts))
     for node in ast.walk(tree):
         if not isinstance(node, ast.Constant) or id(node) in ends:

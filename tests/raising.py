@@ -1,4 +1,4 @@
-"""`raises`: an error by its code and fields; its wording stands in one file, `error_wording.json`."""
+"""`raises`: asserts an error by its code and fields; the wording is in one file, `error_wording.json`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rpo_trainer.errors import Problems, RPOTrainerError
 
 
 def problems_of(error: BaseException) -> list[RPOTrainerError]:
-    """The errors that one stands for: those of `Problems`, else itself."""
+    """Return the errors of `Problems`, or the error itself."""
     assert isinstance(error, RPOTrainerError), error
     return list(error.problems) if isinstance(error, Problems) else [error]
 
@@ -22,7 +22,7 @@ def codes_of(error: BaseException) -> list[str]:
 
 
 def with_code(error: BaseException, code: str) -> RPOTrainerError:
-    """The first of its errors that has the code."""
+    """Return the first of its errors with the code."""
     found = [problem for problem in problems_of(error) if problem.code == code]
     assert found, f"no {code} among {codes_of(error)}: {error}"
     return found[0]
@@ -32,11 +32,11 @@ def with_code(error: BaseException, code: str) -> RPOTrainerError:
 def raises(
     code: str, kind: type[RPOTrainerError] = RPOTrainerError, **fields: Any
 ) -> Iterator[pytest.ExceptionInfo[RPOTrainerError]]:
-    """Within it an error with this code is raised.
+    """Assert that the block raises an error with this code.
 
     Args:
-        code: among several errors (`Problems`) one has it.
-        kind: class of what is raised.
+        code: of the error; of several errors (`Problems`), one must have it.
+        kind: class of the raised error.
         fields: attributes (`where`, `exit_code`) or details of the error, and their values.
     """
     with pytest.raises(kind) as raised:

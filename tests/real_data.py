@@ -1,4 +1,4 @@
-"""Rows of the data sets that recipes/real/prepare.py reads, as the hub has them and as local files do."""
+"""Rows of the data sets that recipes/real/prepare.py reads, as on the hub and as in local files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORDS = (
     "snow",
     "coin",
 )
-# What a task is of; the first test is shown in the prompt.
+# The function of a task; the first test is shown in the prompt.
 FUNCTIONS = {
     1: ("adds two numbers", "def add(a, b):\n    return a + b", "add(1, 2) == 3"),
     520: ("doubles a number", "def double(a):\n    return 2 * a", "double(4) == 8"),
@@ -109,7 +109,7 @@ def raw(name: str, *, hub: bool) -> list[Row]:
 
 
 def script(name: str) -> ModuleType:
-    """A script of recipes/real as a module."""
+    """Return a script of recipes/real as a module."""
     spec = importlib.util.spec_from_file_location(f"recipes_real_{name}", REAL / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -118,7 +118,7 @@ def script(name: str) -> ModuleType:
 
 
 def write_local(folder: Path, *, hub: bool = False) -> ModuleType:
-    """Writes all data sets as prepare.py reads them with `--local`, and returns its module."""
+    """Write all data sets in the form that prepare.py reads with `--local`, and return its module."""
     prepare = script("prepare")
     folder.mkdir(parents=True)
     for name in prepare.LOCAL:
@@ -128,7 +128,7 @@ def write_local(folder: Path, *, hub: bool = False) -> ModuleType:
 
 
 def prepared(folder: Path, *, hub: bool = False) -> Path:
-    """A copy of the recipes in `folder`, with the data that prepare.py makes of `raw`; its data folder."""
+    """Copy the recipes to `folder` with data prepare.py creates from `raw`; return its data directory."""
     local, data = folder / "local", folder / "data"
     prepare = write_local(local, hub=hub)
     for recipe in REAL.glob("*.yaml"):

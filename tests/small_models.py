@@ -1,4 +1,4 @@
-"""Small random models of many families, made on the spot."""
+"""Small random models of many families, created for the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the documents say is true of the code: recipes load, programs run, names and links exist."""
+"""The documentation matches the code: recipes load, programs run, names and links exist."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_every_line_of_the_complete_recipe_has_a_comment() -> None:
 
 @pytest.mark.slow
 def test_the_program_of_the_readme_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it is printed, with a small model in place of the one on the hub, and small data."""
+    """As printed, with a small model in place of the one on the hub, and small data."""
     import datasets
 
     (program,) = blocks(README, "python")
@@ -90,14 +90,14 @@ def test_the_librarys_program_runs_and_logs_the_metrics_it_names(
     program, _ = blocks(page("library"), "python")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    # Through a file name of its own, so that a traceback shows where in the page it failed.
+    # With a separate file name, so that a traceback shows the place in the page.
     exec(compile(program, "library.md", "exec"), {"__name__": "__main__"})
     state = json.loads((tmp_path / "out" / "checkpoint-5" / "trainer_state.json").read_text())
     logged = {*state["log_history"][0]} - {"step", "epoch", "grad_norm", "learning_rate"}
     table = page("library").split("| name | is |")[1].split("\n\n")[0]
     cells = [line.split("|")[1] for line in table.strip().splitlines()[1:]]
     named = {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
-    assert named - {"loss/router_aux"} == logged  # of mixtures of experts alone
+    assert named - {"loss/router_aux"} == logged  # only for mixtures of experts
 
 
 def run_program(program: str, name: str) -> None:
@@ -188,7 +188,7 @@ def test_files_of_the_repository_named_in_a_document_exist(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_a_document_names_no_path_of_some_machine(path: Path) -> None:
     text = re.sub(r"\w+://\S+", "", path.read_text(encoding="utf-8"))
-    # A slash that opens a word, and another behind it: an absolute path, or one of a home directory.
+    # A slash at the beginning of a word with another one after it: an absolute path, or a home directory.
     assert re.findall(r"(?<![\w.\-/)\]}>])~?/\w[\w.-]*/\S*", text) == []
 
 

@@ -1,7 +1,7 @@
-"""Every command of the documents runs: those set apart page by page, those in the text together.
+"""Every command of the documentation runs: those in blocks by page, those in sentences together.
 
-A page has a directory of its own, with small models and files under the names that its commands use. What
-a reader puts in the place of a word, and what makes a command small, is in the tables below.
+Each page has a separate directory, with small models and files under the names that its commands use. The
+values of placeholders, and the options that make a command small, are in the tables below.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.documents_data import rows, save_base_model, save_policy, save_reward
 from tests.real_data import write_local
 from tests.test_model_recipes import ultrafeedback
 
-# ---------------------------------------------------------------- which are run, and which not
+# ---------------------------------------------------------------- which commands are run
 
 _CHECKOUT = (
     "sets up or tests the checkout: what CI and a fresh clone do; the target is looked up below"
@@ -53,19 +53,19 @@ NOT_RUN = {
     "python docs/tools/hardware.py --write": "takes minutes; tests/test_docs_site.py computes a part",
     "torchrun --max-restarts N": "an option; tests/distributed/test_chain.py kills ranks under it",
 }
-# Launchers with a chain: tests/distributed/test_chain.py takes these lines from the page and runs them.
+# Launchers with a chain: tests/distributed/test_chain.py reads these lines from the page and runs them.
 LAUNCHED = ("accelerate launch", "torchrun", "deepspeed")
 PROGRAMS = ("rpo-trainer", "accelerate", "torchrun", "deepspeed", "python")
 
 
 def pages() -> dict[str, list[str]]:
-    """The commands set apart, by page; each once, where it stands first."""
+    """The commands in blocks, by page; each once, at its first occurrence."""
     seen: set[str] = set()
     found: dict[str, list[str]] = {}
     shipped = [path for path in SHIPPED if path.parent.name != "models"]  # test_model_recipes.py
     for path in [*TOLD, *shipped]:
         for block in code(path):
-            if block.kind == "sh":  # run as they stand by test_docs_run.py
+            if block.kind == "sh":  # run unchanged by test_docs_run.py
                 continue
             new = [command for command in commands(block) if command not in seen]
             seen |= set(new)
@@ -74,7 +74,7 @@ def pages() -> dict[str, list[str]]:
 
 
 def in_text() -> list[str]:
-    """The commands in sentences and tables, those that are more than a name of one."""
+    """The commands in sentences and tables that have arguments."""
     found = [span for path in [ROOT / "README.md", *TOLD] for span in spans(path)]
     return [span for span in dict.fromkeys(found) if is_whole(span)]
 
@@ -90,7 +90,7 @@ def is_whole(span: str) -> bool:
         return True
     if not name[1] or name[1] not in cli.commands:
         return False
-    # `check` takes a recipe or `--template`.
+    # `check` requires a recipe or `--template`.
     return not any(p.required or p.name == "recipe" for p in cli.commands[name[1]].params)
 
 
@@ -106,7 +106,7 @@ PAGES = {
 }
 IN_TEXT = [command for command in in_text() if command not in NOT_RUN]
 
-# ---------------------------------------------------------------- what a reader puts there
+# ---------------------------------------------------------------- placeholders
 
 # {here} is the directory.
 OWN = {
@@ -151,7 +151,7 @@ SMALL_MODEL = "model.name_or_path={here}/base-model defaults.warmup_steps=1" + "
     for stage in ("dpo", "rpo")
     for part in ("train", "eval")
 )
-# Words behind a command that begins so: what it leaves to the reader, or what makes it small.
+# Arguments appended to commands with this beginning: what readers add, or what makes it small.
 MORE = {
     "rpo-trainer check --template": "--chat-template plain",
     "rpo-trainer generate INPUT": "--policy ./model --max-new-tokens 4",
@@ -193,7 +193,7 @@ MORE = {
         " stages.reward.data.generate.with_ground_truth=true"
     ),
 }
-# What is in the files that these commands and the shipped recipes name.
+# Contents of the files that these commands and the shipped recipes name.
 FILES = {
     "prompts.jsonl": "prompts", "sft.jsonl": "sft", "pairs.jsonl": "pairs", "responses.jsonl": "many",
     "scored.jsonl": "many", "ratings.jsonl": "helpsteer2", "data/code.jsonl": "sft",
@@ -232,7 +232,7 @@ output_dir: out
 
 
 def as_typed(command: str, here: Path) -> str:
-    """The command with a reader's own words in it."""
+    """Return the command with its placeholders replaced."""
     more = [words for start, words in MORE.items() if command.startswith(start)]
     for word, own in OWN.items():
         command = re.sub(rf"(?<![\w/]){re.escape(word)}(?!\w)", own, command)
@@ -279,7 +279,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Run:
-    """Runs a command in a directory of the test's own, and looks at what it promises."""
+    """Run a command in a separate directory, and check its documented output."""
     here = tmp_path / "page"
     shutil.copytree(prepared, here)
     monkeypatch.chdir(here)
@@ -302,7 +302,7 @@ def run(
 
 
 def launched(words: list[str]) -> tuple[int, str]:
-    """By another program, in a process of its own; ranks may meet on a CPU."""
+    """By another program, in a separate process; ranks may communicate on a CPU."""
     assert words[0] in PROGRAMS
     if words[0] == "torchrun":
         words = ["torchrun", "--master_port", str(launch.free_port()), *words[1:]]
@@ -315,7 +315,7 @@ def launched(words: list[str]) -> tuple[int, str]:
 
 
 def look_at_output(words: list[str]) -> None:
-    """The file of `-o`, or the run with its stages and report, is there."""
+    """The file of `-o`, or the run with its stages and report, exists."""
     words = words[words.index("rpo_trainer") :] if "rpo_trainer" in words else words
     name = words[1]
     if "-o" in words:
@@ -349,7 +349,7 @@ def test_the_commands_in_the_text_run(run: Run) -> None:
         run(command)
 
 
-# ---------------------------------------------------------------- none is left out
+# ---------------------------------------------------------------- none is missing
 
 
 def test_what_is_not_run_is_in_the_documents_and_what_has_words_of_its_own_too() -> None:
@@ -362,7 +362,7 @@ def test_what_is_not_run_is_in_the_documents_and_what_has_words_of_its_own_too()
     }
 
 
-def test_every_command_is_run_or_it_is_said_why_not() -> None:
+def test_every_command_is_run_or_has_a_reason_not_to() -> None:
     to_run = [*IN_TEXT, *(command for found in PAGES.values() for command in found)]
     assert len(to_run) > 35
     assert [command for command in to_run if command.split()[0] not in PROGRAMS] == []

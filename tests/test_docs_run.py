@@ -1,6 +1,6 @@
-"""The documents' commands are ones, their names are names, and the first page runs as it stands.
+"""Commands and names in the documentation exist, and the first page runs unchanged.
 
-Those of the other pages are run by test_docs_commands.py, the recipes by test_docs_yaml.py.
+The commands of the other pages are run by test_docs_commands.py, the recipes by test_docs_yaml.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.documents import ROOT, SHIPPED, TOLD, blocks, code, commands, name_of
 
 
 def without_launcher(command: str) -> str:
-    """The same for one process."""
+    """The environment for one process."""
     return re.sub(
         r"^(accelerate launch|torchrun|deepspeed)\b.*?rpo_trainer ", "rpo-trainer ", command
     )
@@ -58,7 +58,7 @@ def test_there_are_commands_to_test() -> None:
 
 
 def fields() -> set[str]:
-    """Every name that a recipe knows."""
+    """Return every name that a recipe can contain."""
     found = {"kind", "peft"}
     for value in vars(schema).values():
         if isinstance(value, type) and issubclass(value, BaseModel):

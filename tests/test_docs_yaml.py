@@ -1,7 +1,6 @@
-"""Every recipe of the documents runs, and every piece of one in the text is right.
+"""Every recipe of the documentation runs, and every recipe fragment in the text is valid.
 
-A piece is checked as far as it goes: `...`, a word in capitals and a key alone stand for what a reader
-puts there.
+Fragments may be incomplete: `...`, a word in capitals and a key without a value are placeholders.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ SPECS: tuple[type[BaseModel], ...] = tuple(
         if isinstance(value, type) and issubclass(value, BaseModel) and value.model_fields
     }
 )
-# Spans that look like a piece of a recipe and are none.
+# Spans that look like a recipe fragment but are not.
 NOT_OURS = {
     "User: ...": "what the template `plain` writes",
     "Assistant: ...": "what the template `plain` writes",
@@ -45,7 +44,7 @@ NOT_OURS = {
 
 
 def pieces(path: Path) -> Iterator[str]:
-    """Spans with a key, or in braces, and blocks that are no whole recipe."""
+    """Spans with a key, or in braces, and blocks that are not complete recipes."""
     for span in spans(path):
         if re.match(r"\w+:( |$)|\{(?![%'])", span) and span not in NOT_OURS:
             yield span
@@ -57,20 +56,20 @@ def pieces(path: Path) -> Iterator[str]:
 
 
 def alternatives(piece: str) -> list[str]:
-    """`a: b | c` is `a: b` and `a: c`."""
+    """`a: b | c` means `a: b` and `a: c`."""
     key, _, values = piece.partition(": ")
     return [f"{key}: {v}" for v in values.split(" | ")] if re.match(r"\w+ \| ", values) else [piece]
 
 
 def open_ended(value: object) -> bool:
-    """Whether the reader fills this in."""
+    """Whether it is a placeholder."""
     return value is None or (
         isinstance(value, str) and re.fullmatch(r"\.\.\.|[A-Z]+", value) is not None
     )
 
 
 def said(value: Any) -> Any:
-    """The value with nothing where the reader fills in."""
+    """Return the value without its placeholders."""
     if isinstance(value, dict):
         return {key: said(inner) for key, inner in value.items() if key != "..."}
     if isinstance(value, list):
@@ -79,7 +78,7 @@ def said(value: Any) -> Any:
 
 
 def parts(value: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
-    """The mappings in a value, each with the key that it stands under."""
+    """Yield the mappings in a value, each with its key."""
     if isinstance(value, dict):
         yield key, value
         for name, inner in value.items():
@@ -90,7 +89,7 @@ def parts(value: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def wrong(piece: dict[str, Any]) -> list[str]:
-    """What no part of a recipe would take; [] where one takes it all."""
+    """Return the keys that no part of a recipe accepts; [] if one part accepts all."""
     unknown = [
         f"{key}.{name}"
         for key, part in parts(piece)
@@ -100,13 +99,13 @@ def wrong(piece: dict[str, Any]) -> list[str]:
         if name not in names and name != "..."
     ]
     found = [errors(spec, said(piece)) for spec in SPECS if set(piece) <= names_of(spec)]
-    if not found and set(piece) <= NAMES["training_args"]:  # told of beside `training_args`
+    if not found and set(piece) <= NAMES["training_args"]:  # documented next to `training_args`
         return unknown
     return unknown + (min(found, key=len) if found else [f"no part has all of {sorted(piece)}"])
 
 
 def errors(spec: type[BaseModel], piece: dict[str, Any]) -> list[str]:
-    """What is wrong with the given fields; that others are missing is not."""
+    """Return the faults of the given fields, without missing fields."""
     try:
         spec.model_validate(piece)
     except ValidationError as error:
@@ -124,7 +123,7 @@ def names_of(spec: type[BaseModel]) -> set[str]:
     return own | NAMES["peft"] if spec is PeftSpec else own
 
 
-# Of parts that take the fields of another library.
+# For parts that accept the fields of another library.
 NAMES = {
     "training_args": {field.name for field in dataclasses.fields(TrainingArguments)},
     "peft": {field.name for field in dataclasses.fields(LoraConfig)} | set(PeftSpec.model_fields),
@@ -134,7 +133,7 @@ PIECES = sorted({(name_of(path), piece) for path in TOLD for piece in pieces(pat
 
 @pytest.fixture
 def by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a field needs beside it is not said in a piece."""
+    """Rules that need other fields do not apply to a fragment."""
     for spec in SPECS:
         if issubclass(spec, Spec):
             monkeypatch.setattr(spec, "cross_checks", classmethod(lambda cls, raw: iter(())))
@@ -182,9 +181,9 @@ def test_an_override_in_the_text_is_one(where: str, override: str, tmp_path: Pat
     assert load_recipe(tmp_path / "recipe.yaml", [f"{key}={value}"]).recipe.stages
 
 
-# ---------------------------------------------------------------- whole recipes
+# ---------------------------------------------------------------- complete recipes
 
-# Files that the recipes name: what is in them.
+# Contents of the files that the recipes name.
 FILES = {
     "sft.jsonl": "sft", "code.jsonl": "sft", "code_heldout.jsonl": "sft", "general.jsonl": "sft",
     "heldout_sft.jsonl": "sft", "pairs.jsonl": "pairs", "heldout_pairs.jsonl": "pairs",
@@ -193,7 +192,7 @@ FILES = {
 # What makes them small enough for a test.
 SMALL = {
     "docs/evaluation.md": ["eval.generate.max_new_tokens=4"],
-    "docs/clusters.md": ["defaults.report_to=none"],  # needs an account of W&B
+    "docs/clusters.md": ["defaults.report_to=none"],  # needs a W&B account
 }
 
 
@@ -206,7 +205,7 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_recipe_of_a_document_is_run() -> None:
     pages = {name_of(param.values[1]) for param in RECIPES}
-    # That of the first page is run as it stands, with its own data: test_docs_run.py.
+    # The recipe of the first page runs unchanged, with its own data: test_docs_run.py.
     assert pages - {"docs/getting-started.md"} == {name_of(param.values[1]) for param in RUN}
 
 

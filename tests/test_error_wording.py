@@ -1,6 +1,6 @@
-"""Every error has a stable code; the wording of each stands in `error_wording.json` and in no other test.
+"""Every error has a stable code; the wording of each is in `error_wording.json` and in no other test.
 
-After a change of wording that is meant: `python -m tests.test_error_wording`, and read the diff.
+After an intended change of wording: `python -m tests.test_error_wording`, and read the diff.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PARTS = ("what", "why", "fix")
 
 
 class Site(NamedTuple):
-    """A call that makes an error, or hands the parts of one to a function that does."""
+    """A call that creates an error, or passes its parts to a function that does."""
 
     place: str
     code: ast.expr | None
@@ -41,7 +41,7 @@ def calls(package: Path) -> Iterator[tuple[str, ast.Call]]:
 
 
 def error_classes(package: Path) -> set[str]:
-    """Names of RPOTrainerError and of all classes below it, whichever module defines them."""
+    """Names of RPOTrainerError and of all its subclasses, in any module."""
     bases = {}
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -58,7 +58,7 @@ def callee(call: ast.Call) -> str:
 
 
 def text_of(node: ast.expr) -> str:
-    """A text as it is written, with `{…}` for what is filled in."""
+    """A text as in the source, with `{…}` for inserted values."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -81,7 +81,7 @@ def site(place: str, call: ast.Call) -> Site:
 
 
 def written(package: Path = PACKAGE) -> dict[str, list[dict[str, str]]]:
-    """Code → the wordings it is raised with."""
+    """Code → the wordings that it is raised with."""
     found: dict[str, list[dict[str, str]]] = {}
     for made in (site(place, call) for place, call in calls(package)):
         if isinstance(made.code, ast.Constant) and isinstance(made.code.value, str):

@@ -18,11 +18,11 @@ CLASSES = {
     name
     for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, errors.RPOTrainerError)
-} - {"Problems"}  # a list of errors without a text
+} - {"Problems"}  # a list of errors without its own text
 
 
 def incomplete(source: str) -> Iterator[str]:
-    """Yield `line: what is missing` for every error that a source creates, whether it raises it or not."""
+    """Yield `line: what is missing` for every error that a source creates, raised or not."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -98,7 +98,7 @@ LONG = errors.DataError(
 def test_a_rendered_error_is_wrapped_between_words_and_aligned() -> None:
     lines = errors.render(LONG, 60).splitlines()
     assert lines[0].startswith("error[data.unknown-format]: the columns")
-    assert f"   at: {LONG.where}" in lines  # a path is not broken, so that it can be clicked
+    assert f"   at: {LONG.where}" in lines  # a path is not wrapped, so that it can be clicked
     assert max(len(line) for line in lines if LONG.where not in line) <= 60
     assert lines[-4:] == [
         "  fix: name the columns:",

@@ -1,4 +1,4 @@
-"""Each program of examples/ runs as it stands, and does what it says."""
+"""Each program of examples/ runs unchanged, with its documented result."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ Run = Callable[[str], dict[str, Any]]
 
 @pytest.fixture
 def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
-    """Runs a program in an empty directory, as `python examples/NAME.py` does; gives its variables."""
+    """Run a program in an empty directory, as `python examples/NAME.py` does; return its variables."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # put back what an Accelerator sets
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # restore what an Accelerator sets
     _forget()
     yield lambda name: runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     _forget()
 
 
 def _forget() -> None:
-    """What accelerate keeps for the life of a process, and a program of its own would not find."""
+    """Reset the state that accelerate keeps per process, which a separate program would not have."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 

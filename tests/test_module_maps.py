@@ -1,4 +1,4 @@
-"""The docstring of each part says what its modules do: a map that names every one of them."""
+"""The docstring of each part lists all of its modules and what they do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What outsiders get: the wheel, the version, and the project files that name versions or commands."""
+"""The distributed files: the wheel, the version, and project files that name versions or commands."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_oldest_and_newest_python_are_tested() -> None:
 @pytest.mark.slow
 @pytest.mark.extras("build", "hatchling")
 def test_the_wheel_works_in_a_clean_environment(tmp_path: Path) -> None:
-    """`python -m build`, then an installation without the checkout, on the packages of this environment."""
+    """`python -m build`, then an installation without the checkout, with the packages of this environment."""
     subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", ROOT],
         check=True,
@@ -76,7 +76,7 @@ def test_the_wheel_works_in_a_clean_environment(tmp_path: Path) -> None:
         [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "-q", wheel],
         check=True,
     )
-    # Entries of PYTHONPATH run no .pth files, so that an editable install of the checkout is not seen.
+    # Entries of PYTHONPATH do not process .pth files, so that an editable install is not visible.
     site = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
         check=True,

@@ -1,4 +1,4 @@
-"""Private names of other libraries: each that is used stands in the table below, and still is what it was."""
+"""Private names of other libraries: each one in use is in the table below, and is unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGE = Path(rpo_trainer.__file__).parent
 
 
 def found(path: str) -> Any:
-    """What `module.name.name` is; an assertion where there is nothing."""
+    """Return the object at `module.name.name`; an assertion fails if it does not exist."""
     parts = path.split(".")
     for cut in range(len(parts), 0, -1):
         try:
@@ -40,7 +40,7 @@ def found(path: str) -> Any:
 
 
 def takes(path: str, *arguments: str, **named: Any) -> None:
-    """`path` can be called so; its parameters begin with those names, for a method after `self`."""
+    """`path` accepts these arguments; its parameters begin with these names, for a method after `self`."""
     signature = inspect.signature(found(path))
     parameters = [name for name in signature.parameters if name != "self"]
     assert tuple(parameters[: len(arguments)]) == arguments, f"{path}{signature}"
@@ -57,7 +57,7 @@ def nothing(result: Any) -> bool:
 
 
 def overridden(name: str, gives: Callable[[Any], bool] = nothing) -> Callable[[], None]:
-    """The method takes what we take and pass on, the loop calls it, and gives what we give back."""
+    """The method has the arguments that we pass on, the loop calls it, and it returns what we return."""
 
     def check() -> None:
         takes(f"transformers.Trainer.{name}", *OVERRIDDEN[name])
@@ -76,11 +76,11 @@ def a_scalar(value: Any) -> bool:
     return isinstance(value, float | torch.Tensor)
 
 
-# --- what each name is ---
+# --- the contract of each name ---
 
 
 def mask_mapping() -> None:
-    # What is registered stands there, and transformers asks there whether there is a mask function.
+    # Attention implementations are registered there, and transformers looks there for a mask function.
     from transformers import AttentionMaskInterface
 
     assert ATTENTION_NAME in AttentionMaskInterface._global_mapping
@@ -103,7 +103,7 @@ def tiny() -> LlamaForCausalLM:
 
 
 def initialized() -> None:
-    """Weights that are marked as loaded stay; others do not."""
+    """Weights that are marked as loaded are kept; others are not."""
     for marked in (True, False):
         layer = nn.Linear(4, 4)
         with torch.no_grad():
@@ -148,7 +148,7 @@ def peft_loaded() -> None:
 
 
 def kept_in_float32() -> None:
-    """Loading upcasts these, the first for float16 alone."""
+    """Loading upcasts these, the first only for float16."""
     model = tiny()
     assert model._keep_in_fp32_modules == set() == model._keep_in_fp32_modules_strict
     source = source_of("transformers.PreTrainedModel")
@@ -294,7 +294,7 @@ def exists(path: str, kind: Any = None) -> Callable[[], None]:
 
 
 class Use(NamedTuple):
-    """A private name, the files of the package that use it, and what they assume."""
+    """A private name, the files of the package that use it, and its contract."""
 
     owner: str
     name: str

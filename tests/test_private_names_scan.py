@@ -1,4 +1,4 @@
-"""The search for private names of other libraries: what it finds, and what it leaves out."""
+"""The search for private names of other libraries: what it finds, and what it ignores."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ REWRITE = "python -m tests.test_public_signatures"
 
 
 def parameters(callable_: Any) -> list[str]:
-    """`name: type = default` of each parameter; `*` stands before those that are only taken by name."""
+    """`name: type = default` of each parameter; `*` precedes keyword-only ones."""
     found: list[str] = []
     for name, parameter in inspect.signature(callable_).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in found:

@@ -1,4 +1,4 @@
-"""Secrets are removed from errors, log records and tracebacks, in every form they take."""
+"""Secrets are removed from errors, log records and tracebacks, in every form."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_errors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_records_of_the_package(caplog: pytest.LogCaptureFixture) -> None:
-    """A library user sees them by handlers of the root logger."""
+    """A library user sees them through handlers of the root logger."""
     register(SECRET)
     logger = logging.getLogger("rpo_trainer.some.module")
     try:

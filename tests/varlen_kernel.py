@@ -1,4 +1,4 @@
-"""A stand-in for the variable-length kernel, which runs on GPUs only: the same, segment by segment."""
+"""A substitute for the variable-length kernel, which requires a GPU: the same results, segment by segment."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def reference(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int,
     *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Masks aligned at the bottom right, as torch's documentation of the kernel has it."""
+    """Masks aligned at the bottom right, as documented for torch's kernel."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     groups = query.shape[1] // key.shape[1]
     assert enable_gqa == (groups > 1 and attention_varlen._HAS_GQA_ARGUMENT)

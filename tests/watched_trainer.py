@@ -1,4 +1,4 @@
-"""A small transformers Trainer at work, which notes what its private methods give."""
+"""A small transformers Trainer that records the results of its private methods."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Squares(nn.Module):
 
 
 class Watched(Trainer):
-    """Notes what the private methods that we override are called with and give."""
+    """Record the arguments and results of the private methods that we override."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,7 +62,7 @@ OVERRIDDEN = {
 
 @functools.cache
 def worked() -> Watched:
-    """A trainer that has taken a step, evaluated, saved, loaded and taken another."""
+    """A trainer that has taken a step, evaluated, saved, loaded and taken another step."""
     rows = [{"x": torch.ones(1)} for _ in range(4)]
     with TemporaryDirectory() as folder:
         settings: dict[str, Any] = {

@@ -60,7 +60,7 @@ For your own recipe, data and model:
     rpo-trainer plan RECIPE
 
 `--engine` and `--devices` distribute the model, `--measure` times a step on the device at hand. If a
-case does not fit, [less memory](scale.md#less-of-it) lists the settings that help.
+case does not fit, [reduce memory](scale.md#reduce-memory) lists the settings that help.
 
 This page is generated: `python docs/tools/hardware.py --write`.
 """

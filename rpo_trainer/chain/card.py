@@ -115,7 +115,7 @@ def _metadata(final: Path, stage: Stage, recipe: Recipe, base_dir: Path) -> str:
 
 
 def looks_like_local(name: str, base_dir: Path) -> bool:
-    """Whether a model's name is a local directory, which is of no use on the hub."""
+    """Whether a model's name is a local directory, which is meaningless on the hub."""
     path = resolve_path(base_dir, name)
     return path.exists() or name.startswith((".", "~", "/"))
 
@@ -176,7 +176,7 @@ def _template(stage: Stage, recipe: Recipe) -> list[list[str]]:
     for source in stage.data.train:
         name = Path(source.path).name if source.path else source.task
         levels.append((f"chat template variables, rows of {name}", source.chat_template_kwargs))
-    return [[label, f"`{kwargs_key(given)}`"] for label, given in levels if given]
+    return [[label, f"`{kwargs_key(kwargs)}`"] for label, kwargs in levels if kwargs]
 
 
 def _measured(record: EvaluationRecord) -> list[str]:

@@ -93,7 +93,7 @@ def data_changed(what: str, stage: str, run_dir: Path, *, why: str, undo: str) -
 
 
 def ways_out(undo: str, keys: Sequence[str]) -> str:
-    """Return the fix for a change: undo it, start anew, or allow these keys."""
+    """Return the fix for a change: undo it, start over, or allow these keys."""
     ways = [undo, "start in a new directory (--run-dir)", "start over (`run --overwrite`)"]
     if keys:
         ways.append("resume with the change: " + " ".join(f"--allow-changed {key}" for key in keys))

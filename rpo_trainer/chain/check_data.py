@@ -49,11 +49,11 @@ class DataChecks:
     # --- training data ---
 
     def _check_rows(self, stage: Stage) -> None:
-        audit, given = Audit(), None
+        audit, rows = Audit(), None
         if stage.data.score is not None:
-            given = self.preparer.given_rows(stage, audit)
-            self._check_stage_scorer(stage, given)
-        inputs = self.preparer.prepare(stage, given=given, audit=audit, tokenize=self.tokenize)
+            rows = self.preparer.given_rows(stage, audit)
+            self._check_stage_scorer(stage, rows)
+        inputs = self.preparer.prepare(stage, file_rows=rows, audit=audit, tokenize=self.tokenize)
         if inputs.train is not None:
             examples = len(inputs.train)
             self.findings.add(f"{examples} examples, {steps_of(stage, examples)} steps")

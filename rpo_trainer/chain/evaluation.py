@@ -21,7 +21,7 @@ from rpo_trainer.chain.response_figures import response_examples
 from rpo_trainer.data import Audit
 from rpo_trainer.data.judge_bias import bias_lines, biases
 from rpo_trainer.data.resumable_rows import content_key, is_intact, map_rows_resumable, read_rows
-from rpo_trainer.models.sharding import loading_whole
+from rpo_trainer.models.sharding import loading_unsharded
 from rpo_trainer.recipe import Stage
 from rpo_trainer.rewards import evaluate
 from rpo_trainer.rewards.policies import sampling_settings
@@ -105,7 +105,7 @@ class Evaluation:
             return EvaluationRecord()
         _, spec = measured
         baseline = self._baseline(spec, stage)
-        found: dict[str, Any] = {} if baseline is None else {"baseline": baseline}
+        figures: dict[str, Any] = {} if baseline is None else {"baseline": baseline}
         # A baseline that is not the output of a stage has no record, so it is evaluated here.
         before = None if baseline in [other.name for other in self.stages] else baseline
         of_before: dict[str, Any] = {}
@@ -119,25 +119,25 @@ class Evaluation:
             self._longest = _longest([one for part in examples.values() for one in part])
             if spec.generate is not None:
                 logger.info("%s sampling held-out responses", label)
-                found |= self._responses_of(stage, spec, baseline, before, label)
-                theirs = {**found.pop("of_baseline", {}), "measure": found["measure"]}
+                figures |= self._responses_of(stage, spec, baseline, before, label)
+                baseline_figures = {**figures.pop("of_baseline", {}), "measure": figures["measure"]}
                 if before is not None:
-                    self._keep_samples(stage, "baseline-samples", theirs.pop("samples"))
-                    of_before |= theirs
+                    self._keep_samples(stage, "baseline-samples", baseline_figures.pop("samples"))
+                    of_before |= baseline_figures
             if spec.preferences:
                 pairs = examples["preferences"]
-                found["preferences"] = self._preferences(stage.name, pairs, baseline)
+                figures["preferences"] = self._preferences(stage.name, pairs, baseline)
                 if before is not None:
                     of_before["preferences"] = self._preferences(before, pairs, None)
             if spec.nll:
-                found["nll_by_source"] = self._nll(stage.name, examples["nll"])
+                figures["nll_by_source"] = self._nll(stage.name, examples["nll"])
                 if before is not None:
                     of_before["nll_by_source"] = self._nll(before, examples["nll"])
             if spec.lm_eval is not None:
                 tasks = spec.lm_eval
                 logger.info("%s lm-eval: %s", label, ", ".join(tasks.tasks))
                 policy = self._policy(stage.name)
-                found["lm_eval"] = distributed.on_main(
+                figures["lm_eval"] = distributed.on_main(
                     lambda: run_tasks(
                         policy,
                         self.tokenizer,
@@ -153,7 +153,9 @@ class Evaluation:
             self._layouts.clear()
             gc.collect()
             empty_cache()
-        return EvaluationRecord.from_json(found | ({"of_baseline": of_before} if of_before else {}))
+        return EvaluationRecord.from_json(
+            figures | ({"of_baseline": of_before} if of_before else {})
+        )
 
     def _baseline(self, spec: EvalSpec, stage: Stage) -> str | None:
         """Return the stage's baseline if it is another policy that exists already."""
@@ -164,7 +166,7 @@ class Evaluation:
 
     def _policy(self, source: str) -> Any:
         if source not in self._policies:
-            with loading_whole():
+            with loading_unsharded():
                 self._policies[source] = self.models.output(source, delivered=True).to(
                     distributed.device()
                 )
@@ -188,23 +190,25 @@ class Evaluation:
         assert spec.score is not None  # the schema
         rows = self.preparer.evaluation_prompts(spec)
         scorer = self.scored_rows.scorer(spec.score)
-        mine = self._answers(stage.name, rows, spec)
-        theirs = None if baseline is None else self._answers(baseline, rows, spec)
+        answers = self._answers(stage.name, rows, spec)
+        baseline_answers = None if baseline is None else self._answers(baseline, rows, spec)
         if spec.score.judge is not None:
-            found = self._judged(rows, scorer, mine, theirs, label)
+            figures = self._judged(rows, scorer, answers, baseline_answers, label)
         else:
-            found = self._scored(rows, scorer, mine, theirs, label)
-        found["scorer"] = _name(spec.score)
-        self._add_figures(found["samples"], rows, mine, stage.name, baseline)
+            figures = self._scored(rows, scorer, answers, baseline_answers, label)
+        figures["scorer"] = _name(spec.score)
+        self._add_figures(figures["samples"], rows, answers, stage.name, baseline)
         # The samples of a baseline that is a stage are those of its own evaluation.
-        if theirs is not None and before is not None:
-            self._add_figures(found["of_baseline"]["samples"], rows, theirs, before, None)
+        if baseline_answers is not None and before is not None:
+            self._add_figures(
+                figures["of_baseline"]["samples"], rows, baseline_answers, before, None
+            )
         # Metrics are comparable if this is equal: prompts, sampling settings and scorer.
         assert spec.generate is not None  # the schema
         settings = [sampling_settings(spec.generate), spec.greedy, self.recipe.seed]
-        found["measure"] = content_key("measure", scorer.key, rows, settings)
-        self._keep_samples(stage, "samples", found.pop("samples"))
-        return found
+        figures["measure"] = content_key("measure", scorer.key, rows, settings)
+        self._keep_samples(stage, "samples", figures.pop("samples"))
+        return figures
 
     def _add_figures(
         self,
@@ -271,8 +275,8 @@ class Evaluation:
         self,
         rows: list[Row],
         scorer: Scorer,
-        mine: list[dict[str, Any]],
-        theirs: list[dict[str, Any]] | None,
+        answers: list[dict[str, Any]],
+        baseline_answers: list[dict[str, Any]] | None,
         label: str,
     ) -> dict[str, Any]:
         verifier = getattr(scorer, "verifier", None)
@@ -284,24 +288,28 @@ class Evaluation:
             )
             return result.as_dict()
 
-        rewards = self._rewards(evaluate.to_score(rows, mine), scorer, label)
-        found = summary(mine, rewards)
-        if theirs is not None:
-            others = self._rewards(evaluate.to_score(rows, theirs), scorer, label)
-            found["of_baseline"] = summary(theirs, others)
-            k = len(mine[0]["responses"])
-            wins = evaluate.win_rate(
-                [row[:k] for row in rewards], [row[:k] for row in others], self.recipe.seed
+        rewards = self._rewards(evaluate.to_score(rows, answers), scorer, label)
+        figures = summary(answers, rewards)
+        if baseline_answers is not None:
+            baseline_rewards = self._rewards(
+                evaluate.to_score(rows, baseline_answers), scorer, label
             )
-            found["win_rate"] = asdict(wins)
-        return found
+            figures["of_baseline"] = summary(baseline_answers, baseline_rewards)
+            k = len(answers[0]["responses"])
+            wins = evaluate.win_rate(
+                [row[:k] for row in rewards],
+                [row[:k] for row in baseline_rewards],
+                self.recipe.seed,
+            )
+            figures["win_rate"] = asdict(wins)
+        return figures
 
     def _judged(
         self,
         rows: list[Row],
         scorer: Scorer,
-        mine: list[dict[str, Any]],
-        theirs: list[dict[str, Any]] | None,
+        answers: list[dict[str, Any]],
+        baseline_answers: list[dict[str, Any]] | None,
         label: str,
     ) -> dict[str, Any]:
         """Compare responses by a judge, which names a winner per prompt; equal ones are not judged."""
@@ -314,25 +322,25 @@ class Evaluation:
                 "samples": [asdict(sample) for sample in evaluate.samples_of(rows, answers)],
             }
 
-        found = summary(mine)
-        if theirs is None:
-            return found
-        found["of_baseline"] = summary(theirs)
+        figures = summary(answers)
+        if baseline_answers is None:
+            return figures
+        figures["of_baseline"] = summary(baseline_answers)
         pairs = [
             {**row, "responses": [own["responses"][0], other["responses"][0]]}
-            for row, own, other in zip(rows, mine, theirs, strict=True)
+            for row, own, other in zip(rows, answers, baseline_answers, strict=True)
         ]
         differ = [row for row in pairs if row["responses"][0] != row["responses"][1]]
         judged = self._rewarded(differ, scorer, label) if differ else []
-        found["judge"] = biases(judged)
-        for line in bias_lines(found["judge"]) if judged else ():
+        figures["judge"] = biases(judged)
+        for line in bias_lines(figures["judge"]) if judged else ():
             logger.info("%s", line)
         verdicts = [row["rewards"][0] for row in judged]
         decided = [0.5] * (len(pairs) - len(differ)) + [v for v in verdicts if v is not None]
-        found["undecided"] = len(pairs) - len(decided)
+        figures["undecided"] = len(pairs) - len(decided)
         if decided:
-            found["win_rate"] = asdict(evaluate.estimate(decided, self.recipe.seed))
-        return found
+            figures["win_rate"] = asdict(evaluate.estimate(decided, self.recipe.seed))
+        return figures
 
     # --- held-out responses ---
 

@@ -41,8 +41,8 @@ def _check_output(final: Path, name: str, record: StageRecord, *, exact: bool) -
     fault = verify_manifest(final)
     if fault is None and base.is_dir() and (fault := verify_manifest(base)) is not None:
         fault = f"base: {fault}"
-    kept = record.output.fingerprint if record.output is not None else None
-    if fault is None and output_fingerprint(final) != kept:
+    recorded = record.output.fingerprint if record.output is not None else None
+    if fault is None and output_fingerprint(final) != recorded:
         fault = "the weights are not those that the stage wrote"
     seed = record.output.exact if record.output is not None and exact else None
     if fault is None and seed is not None:
@@ -68,7 +68,7 @@ def check_starts(
     run_dir: Path,
 ) -> None:
     """Raise RunError unless every stage that a wanted stage depends on is finished or also wanted."""
-    there = {stage.name for stage in wanted}
+    names = {stage.name for stage in wanted}
     for stage in wanted:
         sources = {f"stages.{stage.name}.{field}": s for field, s in stage.models_read.items()}
         rows = sources_of_rows(stage.data)
@@ -76,7 +76,7 @@ def check_starts(
         sources |= _measured_with(stage, stages, recipe)
         for field, source in sources.items():
             record = state.stage(source)
-            if record is not None and record.state != "done" and source not in there:
+            if record is not None and record.state != "done" and source not in names:
                 short = field.removeprefix(f"stages.{stage.name}.")
                 raise RunError(
                     f"stage {stage.name} needs stage {source} ({short}), which is not finished",
@@ -93,9 +93,9 @@ def _measured_with(stage: Stage, stages: Sequence[Stage], recipe: Recipe) -> dic
         return {}
     key, spec = measured
     earlier = [other.name for other in stages][: stages.index(stage)]
-    found = {}
+    sources = {}
     if (baseline := baseline_of(spec, stages)) in earlier:
-        found[f"{key}.baseline"] = str(baseline)
+        sources[f"{key}.baseline"] = str(baseline)
     if spec.score is not None and spec.score.model is not None:
-        found[f"{key}.score.model"] = spec.score.model
-    return found
+        sources[f"{key}.score.model"] = spec.score.model
+    return sources

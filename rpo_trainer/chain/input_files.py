@@ -279,17 +279,17 @@ def check_input_files(
     Raises:
         RunError: an input has changed that may not change.
     """
-    begun = [
+    started = [
         (stage, record)
         for stage in stages
         if (record := state.stage(stage.name)) is not None and record.state != "pending"
     ]
-    digests = Digests(entry for _, record in begun for entry in record.inputs or ())
+    digests = Digests(entry for _, record in started for entry in record.inputs or ())
     refused: dict[str, dict[str, None]] = {}  # changed files by key
     allowed: dict[tuple[str, str], tuple[Any, Any]] = {}
-    for stage, record in begun:
+    for stage, record in started:
         now = {(entry.key, entry.name): entry for entry in digests.of(inputs.of(stage))}
-        kept = []
+        entries = []
         for before in record.inputs or ():
             # If the recipe now names another input, `ChainState.adopt` has compared that.
             entry = now.get((before.key, before.name), before)
@@ -297,9 +297,9 @@ def check_input_files(
             if changed and not _may_change(state, stage, entry.key):
                 refused.setdefault(entry.key, {}).update(dict.fromkeys(changed))
             allowed |= {(entry.key, name): values for name, values in changed.items()}
-            kept.append(_joined(before, entry))
-        if kept:
-            record.inputs = kept
+            entries.append(_joined(before, entry))
+        if entries:
+            record.inputs = entries
     if refused:
         lines = [f"{key}: {_listed(list(names))}" for key, names in refused.items()]
         raise RunError(

@@ -32,22 +32,22 @@ from rpo_trainer.models.dtypes import (
 )
 from rpo_trainer.models.loading import check_vocabulary, load_model, load_weights
 from rpo_trainer.models.quantization import dequantized, disable_bnb_cpu_bf16, nf4
-from rpo_trainer.models.saved_files import set_ends, write_beside
-from rpo_trainer.models.sharding import loading_whole
+from rpo_trainer.models.saved_files import set_ends, write_auto_class_files
+from rpo_trainer.models.sharding import loading_unsharded
 from rpo_trainer.models.weight_files import local_folder
 from rpo_trainer.recipe import Stage
 from rpo_trainer.runtime import distributed
 from rpo_trainer.stages.output_dtype import (
     needs_exact,
     output_dtype,
-    saves_whole,
+    saves_full_model,
     training_folder,
 )
 from rpo_trainer.stages.scored_rows import source_key
 from rpo_trainer.stages.settings import arithmetic, frozen_dtype, lora_config
 from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.checkpoint import verify_manifest, write_manifest
-from rpo_trainer.trainers.engine import asks_for_deepspeed
+from rpo_trainer.trainers.engine import requests_deepspeed
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -91,7 +91,7 @@ class Models:
         self.compute: torch.dtype = getattr(torch, arithmetic(self.recipe.model))
         self.trusted = self.recipe.model.trust_remote_code
         # DeepSpeed needs one dtype for all weights: frozen ones are rounded, and held in float32.
-        self.one_dtype = any(asks_for_deepspeed(s.training_args) for s in self.stages.values())
+        self.one_dtype = any(requests_deepspeed(s.training_args) for s in self.stages.values())
 
     # --- loading ---
 
@@ -104,13 +104,13 @@ class Models:
             dtype: of the weights; below the adapter of a stage they have the dtype of its training.
             delivered: a stage's output in `final`, not its exact weights.
         """
-        left = self._adapter(source)
-        if left is None:
-            whole = delivered and source in self.stages
-            place = self._final(source) if whole else self._place(source).place
+        adapter = self._adapter(source)
+        if adapter is None:
+            final = delivered and source in self.stages
+            place = self._final(source) if final else self._place(source).place
             return self._load(place, dtype)
-        base = self._load(left.base.place, left.dtype or dtype, left.quantization)
-        return adapters.load_adapter(base, left.folder, trainable=False)
+        base = self._load(adapter.base.place, adapter.dtype or dtype, adapter.quantization)
+        return adapters.load_adapter(base, adapter.folder, trainable=False)
 
     def reference(self, stage: Stage) -> Any:
         """Load the reference model of a stage in the dtype of its start; None: the start itself."""
@@ -124,7 +124,7 @@ class Models:
         self, stage: Stage, source: str
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load a policy that a stage samples from: its initial policy (`init`), or another source."""
-        with loading_whole():
+        with loading_unsharded():
             if source != "init":
                 model = self.output(source)
             # A reward stage samples its pairs from the policy that it is initialized from.
@@ -147,15 +147,15 @@ class Models:
 
     def start(self, stage: Stage) -> Any:
         """Load the model that a stage trains, with its adapter if any: a policy, or a reward model."""
-        left = self._adapter(stage.init)
+        adapter = self._adapter(stage.init)
         if stage.peft is None:
-            return self._whole(stage) if left is None else self._merged(left)
-        if left is not None:
+            return self._whole(stage) if adapter is None else self._merged(adapter)
+        if adapter is not None:
             if stage.init not in self.stages:  # for stages, the recipe is checked
-                adapter_files.require_same_config(left.folder, stage.peft.lora_fields())
+                adapter_files.require_same_config(adapter.folder, stage.peft.lora_fields())
             dtype = self._frozen_dtype(stage)
-            base = self._load(left.base.place, dtype, stage.peft.quantization)
-            return adapters.load_adapter(base, left.folder, trainable=True)
+            base = self._load(adapter.base.place, dtype, stage.peft.quantization)
+            return adapters.load_adapter(base, adapter.folder, trainable=True)
         if not self._writes_base(stage):
             return self._fresh(stage, self._frozen_dtype(stage))
         own = self.run_dir / stage.name / _BASE
@@ -176,8 +176,8 @@ class Models:
         if not adapter_files.is_adapter(folder):
             return None
         name = adapter_files.base_of(folder)
-        here = Path(name)
-        base = self._local(here) if here.is_dir() else _Base(name, name)
+        path = Path(name)
+        base = self._local(path) if path.is_dir() else _Base(name, name)
         return _Adapter(folder, base, None, None)
 
     def _adapter_of(self, stage: Stage, folder: Path) -> _Adapter:
@@ -188,9 +188,9 @@ class Models:
 
     def _base(self, stage: Stage) -> _Base:
         """Return the base model of a stage's adapter."""
-        left = self._adapter(stage.init)
-        if left is not None:
-            return left.base
+        adapter = self._adapter(stage.init)
+        if adapter is not None:
+            return adapter.base
         if self._writes_base(stage):
             return self._in_run(stage.name, _BASE)
         base = self._place(stage.init)
@@ -200,7 +200,7 @@ class Models:
         if self.delivered_dtype(self.stages[stage.init]) == self._frozen_dtype(stage):
             return final  # the same weights
         # The exact weights are removed when they are merged; `final` is kept.
-        return dataclasses.replace(final, place=base.place) if saves_whole(stage) else base
+        return dataclasses.replace(final, place=base.place) if saves_full_model(stage) else base
 
     def delivered_dtype(self, stage: Stage) -> torch.dtype:
         """Return the dtype of the full model that a stage outputs."""
@@ -211,27 +211,27 @@ class Models:
         assert stage.peft is not None
         config = lora_config(stage)
         random = stage.init == "model" and self.recipe.model.from_config is not None
-        kept = stage.peft.between_stages == "keep"
-        return (random and kept) or (config is not None and changes_base(config))
+        keeps_adapter = stage.peft.between_stages == "keep"
+        return (random and keeps_adapter) or (config is not None and changes_base(config))
 
     def _place(self, source: str) -> _Base:
         if source == "model":
             name = self.recipe.model.name_or_path or ""
-            here = self.preparer.path(name)
-            if not (name and here.is_dir()):
+            path = self.preparer.path(name)
+            if not (name and path.is_dir()):
                 return _Base(None, name)
-            return dataclasses.replace(self._local(here, Path(name).is_absolute()), place=None)
+            return dataclasses.replace(self._local(path, Path(name).is_absolute()), place=None)
         if source in self.stages:
             return self._in_run(source, training_folder(self.run_dir, source).name)
-        here = self.preparer.path(source)
-        return self._local(here, Path(source).is_absolute())
+        path = self.preparer.path(source)
+        return self._local(path, Path(source).is_absolute())
 
     def _in_run(self, stage: str, folder: str) -> _Base:
         return self._local(self.run_dir / stage / folder)
 
-    def _local(self, here: Path, fixed: bool = False) -> _Base:
+    def _local(self, path: Path, fixed: bool = False) -> _Base:
         """Return the base in a directory; a `fixed` one does not move with the run."""
-        return _Base(here, os.path.abspath(here), None if fixed else self._way_to(here))
+        return _Base(path, os.path.abspath(path), None if fixed else self._way_to(path))
 
     def _way_to(self, folder: Path) -> str:
         """Return the path of a directory relative to an adapter, so that a run can be moved."""
@@ -248,16 +248,20 @@ class Models:
         *,
         reward: bool = False,
     ) -> PreTrainedModel:
-        held = None if quantization is None else nf4(self.compute)
-        kept = torch.float32 if self.one_dtype else dtype
+        quantization_config = None if quantization is None else nf4(self.compute)
+        load_dtype = torch.float32 if self.one_dtype else dtype
         if isinstance(place, Path):
             model = load_weights(
-                place, dtype=kept, quantization=held, reward=reward, trust_remote_code=self.trusted
+                place,
+                dtype=load_dtype,
+                quantization=quantization_config,
+                reward=reward,
+                trust_remote_code=self.trusted,
             )
             check_vocabulary(model, self.vocabulary)
         else:
-            model = self._load_named(place, kept, held, reward)
-        if kept != dtype and held is None:
+            model = self._load_named(place, load_dtype, quantization_config, reward)
+        if load_dtype != dtype and quantization_config is None:
             round_weights(model, dtype)
         disable_bnb_cpu_bf16(model)
         return model
@@ -312,8 +316,8 @@ class Models:
     def _warn_of_rounding(self, stage: Stage, dtype: torch.dtype) -> None:
         place = self._place(stage.init).place or self.recipe.model.name_or_path
         if place is not None and distributed.is_main():
-            here = self.preparer.path(str(place))
-            folder = here if here.is_dir() else local_folder(place)
+            path = self.preparer.path(str(place))
+            folder = path if path.is_dir() else local_folder(place)
             warn_of_rounding(folder, dtype, stage.name, held_in_float32=self.one_dtype)
 
     def _write_base(self, stage: Stage, own: Path) -> None:
@@ -322,7 +326,7 @@ class Models:
             return
         staged = own.with_name(f".{own.name}")
         shutil.rmtree(staged, ignore_errors=True)
-        with loading_whole():
+        with loading_unsharded():
             model = self._fresh(stage, torch.float32)
         model.save_pretrained(staged / _START)
         adapter_files.write_base(
@@ -331,18 +335,18 @@ class Models:
         plain = cast_weights(model.unload(), self._frozen_dtype(stage))
         set_ends(plain)
         plain.save_pretrained(staged)
-        write_beside(plain, staged)
+        write_auto_class_files(plain, staged)
         write_manifest(staged)
         shutil.rmtree(own, ignore_errors=True)
         os.replace(staged, own)
 
-    def _merged(self, left: _Adapter) -> PreTrainedModel:
+    def _merged(self, adapter: _Adapter) -> PreTrainedModel:
         """Merge base and adapter in float32: the model that was trained, its base rounded as in training."""
-        with loading_whole():
-            dtype = left.dtype or torch.float32
-            base = dequantized(self._load(left.base.place, dtype, left.quantization))
+        with loading_unsharded():
+            dtype = adapter.dtype or torch.float32
+            base = dequantized(self._load(adapter.base.place, dtype, adapter.quantization))
             base = cast_weights(base, torch.float32)
-            return adapters.merged(adapters.load_adapter(base, left.folder, trainable=False))
+            return adapters.merged(adapters.load_adapter(base, adapter.folder, trainable=False))
 
     def write_output(self, trainer: BaseTrainer, stage: Stage) -> None:
         """Write `final` of a stage with an adapter, atomically, and `adapter` or `merged` next to it."""
@@ -356,39 +360,39 @@ class Models:
     def _finish(self, trainer: BaseTrainer, stage: Stage, folder: Path, staged: Path) -> None:
         spec = stage.peft
         assert spec is not None
-        left = self._adapter_of(stage, staged)
-        base = left.base
+        adapter = self._adapter_of(stage, staged)
+        base = adapter.base
         changed = isinstance(base.place, Path) and base.place.name == _BASE
         adapter_files.write_base(staged, base.name, relative=base.way, plain_start=changed)
         dtype = self.delivered_dtype(stage)
-        kept = kept_in_float32(trainer.model, dtype)
+        float32_names = kept_in_float32(trainer.model, dtype)
         if spec.between_stages == "keep":
             if spec.merge:
-                self._write_merged(left, trainer, folder / ".merged")
-                cast_output(folder / ".merged", dtype, kept)
+                self._write_merged(adapter, trainer, folder / ".merged")
+                cast_output(folder / ".merged", dtype, float32_names)
                 _replace(folder / ".merged", folder / "merged")
             write_manifest(staged)
             _replace(staged, folder / "final")
         else:
-            alone = folder / "adapter"
-            shutil.rmtree(alone, ignore_errors=True)
-            alone.mkdir()
+            adapter_folder = folder / "adapter"
+            shutil.rmtree(adapter_folder, ignore_errors=True)
+            adapter_folder.mkdir()
             for name in (adapter_files.CONFIG, adapter_files.WEIGHTS, adapter_files.BASE):
                 if (staged / name).is_file():
-                    os.replace(staged / name, alone / name)
+                    os.replace(staged / name, adapter_folder / name)
             shutil.rmtree(staged)
-            self._write_merged(dataclasses.replace(left, folder=alone), trainer, staged)
+            self._write_merged(dataclasses.replace(adapter, folder=adapter_folder), trainer, staged)
             keep_exact = needs_exact(self.preparer, stage)
-            commit_output(staged, folder, dtype, keep_exact=keep_exact, kept=kept)
+            commit_output(staged, folder, dtype, keep_exact=keep_exact, float32_names=float32_names)
 
-    def _write_merged(self, left: _Adapter, trainer: BaseTrainer, folder: Path) -> None:
+    def _write_merged(self, adapter: _Adapter, trainer: BaseTrainer, folder: Path) -> None:
         """Merge and save the adapter on disk, independently of sharded weights of the trainer."""
         shutil.rmtree(folder, ignore_errors=True)
-        model = self._merged(left)
+        model = self._merged(adapter)
         set_ends(model, trainer.output.written.ends)
         model.save_pretrained(folder)
         trainer.output.written.tokenizer.save_pretrained(folder)
-        write_beside(model, folder)
+        write_auto_class_files(model, folder)
 
 
 def _replace(staged: Path, final: Path) -> None:

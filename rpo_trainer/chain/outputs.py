@@ -34,9 +34,11 @@ def write_output(
     staged = folder / ".final"
     distributed.on_main(lambda: shutil.rmtree(staged, ignore_errors=True))
     trainer.save_model(str(staged))
-    kept = kept_in_float32(trainer.model, dtype)
+    float32_names = kept_in_float32(trainer.model, dtype)
     distributed.on_main(
-        lambda: commit_output(staged, folder, dtype, keep_exact=keep_exact, kept=kept)
+        lambda: commit_output(
+            staged, folder, dtype, keep_exact=keep_exact, float32_names=float32_names
+        )
     )
 
 
@@ -46,7 +48,7 @@ def commit_output(
     dtype: torch.dtype,
     *,
     keep_exact: bool,
-    kept: re.Pattern[str] | None,
+    float32_names: re.Pattern[str] | None,
 ) -> None:
     """Turn a saved model into `final` of a stage, in the dtype of its output.
 
@@ -55,11 +57,11 @@ def commit_output(
         folder: of the stage.
         dtype: what `final` is saved in.
         keep_exact: move the exact model to `exact` if `final` is rounded; it is there before `final` is.
-        kept: see `copy_in_dtype`.
+        float32_names: see `copy_in_dtype`.
     """
     exact, delivered = folder / EXACT, folder / ".delivered"
     shutil.rmtree(exact, ignore_errors=True)
-    if dtype != torch.float32 and copy_in_dtype(staged, delivered, dtype, kept):
+    if dtype != torch.float32 and copy_in_dtype(staged, delivered, dtype, float32_names):
         if keep_exact:
             write_manifest(staged)
             os.replace(staged, exact)
@@ -71,10 +73,10 @@ def commit_output(
     os.replace(staged, folder / "final")
 
 
-def cast_output(folder: Path, dtype: torch.dtype, kept: re.Pattern[str] | None) -> None:
+def cast_output(folder: Path, dtype: torch.dtype, float32_names: re.Pattern[str] | None) -> None:
     """Cast a saved model to `dtype` in place; see `copy_in_dtype`."""
     copied = folder.with_name(".delivered")
-    if dtype != torch.float32 and copy_in_dtype(folder, copied, dtype, kept):
+    if dtype != torch.float32 and copy_in_dtype(folder, copied, dtype, float32_names):
         shutil.rmtree(folder)
         os.replace(copied, folder)
 

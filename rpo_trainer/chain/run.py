@@ -358,9 +358,9 @@ class _Chain:
     def _prepare(self, stage: Stage, record: StageRecord) -> StageInputs:
         label, audit = self.preparer.label(stage), Audit()
         logger.info("%s preparing data", label)
-        made = self.scored_rows.rows(stage, audit)
+        scored_rows = self.scored_rows.rows(stage, audit)
         with distributed.raise_on_all_ranks():
-            inputs = self.preparer.prepare(stage, made=made, audit=audit)
+            inputs = self.preparer.prepare(stage, scored_rows=scored_rows, audit=audit)
             self.preparer.prepare_held_out(inputs)
         audit, held_out, train = inputs.audit, inputs.held_out, inputs.train
         assert train is not None

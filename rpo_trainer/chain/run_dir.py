@@ -43,10 +43,10 @@ def check_run_dir(run_dir: Path) -> None:
         others = (
             [p for p in run_dir.iterdir() if not p.name.startswith(".")] if run_dir.is_dir() else []
         )
-        ours = (run_dir / CHAIN_FILE).is_file()
+        is_run_dir = (run_dir / CHAIN_FILE).is_file()
     except (OSError, ValueError) as error:
         raise _unusable("read", error, run_dir) from error
-    if others and not ours:
+    if others and not is_run_dir:
         raise RunError(
             f"not an rpo-trainer run directory: contains {others[0].name}",
             code="run.not-a-run-directory",
@@ -136,9 +136,9 @@ def locked(run_dir: Path, *, new: Sequence[Path] = ()) -> Iterator[None]:
 
 
 class ReplacedRun:
-    """A run directory that another run replaces: moved aside, then deleted or put back.
+    """A run directory that another run replaces: moved aside, then deleted or restored.
 
-    It is deleted once the new run has passed its checks (`delete`), and put back if these fail, so that
+    It is deleted once the new run has passed its checks (`delete`), and restored if these fail, so that
     a mistake in the recipe does not delete the old results.
 
     Raises:

@@ -123,14 +123,14 @@ class ChainState:
             RecipeError: an allowed key is not in the recipe.
             RunError: a value that finished or running stages depend on has changed.
         """
-        begun = [record for record in self.stages if record.state != "pending"]
-        before = [record.spec for record in begun]  # a key that was removed can be allowed too
+        started = [record for record in self.stages if record.state != "pending"]
+        before = [record.spec for record in started]  # a key that was removed can be allowed too
         for key in allowed:
             require_key(key, [*stages, *before], [model, self.model], evaluation)
         self.allowed = tuple(allowed)
-        if begun:
-            self._note_changes(begun, stages, model, seed)
-        known = {record.name: record for record in begun}
+        if started:
+            self._note_changes(started, stages, model, seed)
+        known = {record.name: record for record in started}
         self.stages = [
             dataclasses.replace(
                 known.get(spec["name"], StageRecord()), name=spec["name"], kind=spec["kind"],
@@ -142,7 +142,7 @@ class ChainState:
 
     def _note_changes(
         self,
-        begun: list[StageRecord],
+        started: list[StageRecord],
         stages: list[dict[str, Any]],
         model: dict[str, Any],
         seed: int,
@@ -153,15 +153,15 @@ class ChainState:
         fixed = [change for change in changes if is_fixed(change.key)]
         lines = []
         specs = {spec["name"]: spec for spec in stages}
-        for record in begun:
+        for record in started:
             name = record.name
             if name not in specs:
                 lines.append(f"stages.{name}: has begun, but is no longer in the recipe")
                 continue
             old, new = computed_with(record.spec), computed_with(specs[name])
-            found = differences(f"stages.{name}", old, new)
-            fixed += [change for change in found if is_fixed(change.key, name)]
-            changes += found
+            differing = differences(f"stages.{name}", old, new)
+            fixed += [change for change in differing if is_fixed(change.key, name)]
+            changes += differing
         refused = [c for c in changes if c in fixed or not covers(self.allowed, c.key)]
         lines = [*map(str, refused), *lines]
         if lines:

@@ -102,8 +102,8 @@ class TimeLeft:
         now = time.monotonic()
         training = self.of_training()
         if training is None:
-            whole = self._stage(stage)
-            return None if whole is None else max(0.0, whole - (now - self._begun))
+            total = self._stage(stage)
+            return None if total is None else max(0.0, total - (now - self._begun))
         assert self._last is not None
         rests = [done.rest for done in self._done if done.rest is not None]
         after = sum(rests) / len(rests) if rests else 0.0
@@ -116,9 +116,9 @@ class TimeLeft:
         if steps is None:
             return None
         examples = steps * stage.global_batch_size
-        alike = [done for done in self._done if done.kind == stage.kind] or self._done
-        if alike:
-            return examples * sum(d.seconds for d in alike) / sum(d.examples for d in alike)
+        same_kind = [done for done in self._done if done.kind == stage.kind] or self._done
+        if same_kind:
+            return examples * sum(d.seconds for d in same_kind) / sum(d.examples for d in same_kind)
         if self._current is None or not (rate := self.steps_a_second()):
             return None
         return examples / (rate * self._current.global_batch_size)

@@ -43,9 +43,9 @@ def init(
     from rpo_trainer.runtime.files import atomic_write
     from rpo_trainer.stages.new_recipe import new_recipe
 
-    made = new_recipe(recipe, model=model, data=data, held_out=held_out, kind=kind, lora=lora)
-    atomic_write(recipe, made.text)
-    for line in made.facts:
+    draft = new_recipe(recipe, model=model, data=data, held_out=held_out, kind=kind, lora=lora)
+    atomic_write(recipe, draft.text)
+    for line in draft.facts:
         show(line)
     click.echo(f"wrote {recipe}; next:")
     for command in ("check", "plan", "run"):

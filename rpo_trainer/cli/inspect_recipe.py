@@ -125,11 +125,11 @@ def plan(
         from rpo_trainer.chain import default_run_dir
         from rpo_trainer.plan import plan_recipe, plan_view
 
-        given = [] if run_dir is None else ["--run-dir", str(run_dir)]
+        run_dir_arguments = [] if run_dir is None else ["--run-dir", str(run_dir)]
         run_dir = run_dir or default_run_dir(loaded)
         planned = plan_recipe(
             loaded, run_dir, engine=engine, devices=devices, nodes=nodes, measure=measure,
-            arguments=[*overrides, *given],
+            arguments=[*overrides, *run_dir_arguments],
         )  # fmt: skip
         content |= {"run_dir": str(run_dir), **plan_content(planned)}
     if not as_json:

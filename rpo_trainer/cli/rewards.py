@@ -116,13 +116,13 @@ def score(
 
     fields = given_values(values)
     service, judged = split_off(fields, SERVICE), split_off(fields, JUDGED)
-    given = [f"--{name}" for name in SCORERS if name in fields]
-    if len(given) != 1:
+    scorers = [f"--{name}" for name in SCORERS if name in fields]
+    if len(scorers) != 1:
         raise RecipeError(
-            f"{' and '.join(given)} cannot be combined" if given else "no scorer is given",
+            f"{' and '.join(scorers)} cannot be combined" if scorers else "no scorer is given",
             code="option.not-one-scorer",
-            why="rewards of different scorers have different units" if given else "",
-            fix=f"give one of {', '.join(given or (f'--{name}' for name in SCORERS))}",
+            why="rewards of different scorers have different units" if scorers else "",
+            fix=f"give one of {', '.join(scorers or (f'--{name}' for name in SCORERS))}",
         )
     if judged and "judge" not in fields:
         raise RecipeError(

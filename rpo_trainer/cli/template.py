@@ -22,7 +22,7 @@ def check_template(
         TemplateError: training and sampling render a conversation differently.
     """
     with collecting(as_json, tokenizer=tokenizer) as content:
-        given = parse_kwargs(kwargs)
+        variables = parse_kwargs(kwargs)
         from rich.console import Console
 
         from rpo_trainer.stages.template_check import (
@@ -33,11 +33,11 @@ def check_template(
             shown,
         )
 
-        loaded = load_checked(tokenizer, chat_template, given)
-        found = check_samples(loaded, given)
-        content["conversations"] = [as_dict(one, loaded) for one in found]
+        loaded = load_checked(tokenizer, chat_template, variables)
+        results = check_samples(loaded, variables)
+        content["conversations"] = [as_dict(one, loaded) for one in results]
         if not as_json:
             console = Console()
-            for text in shown(found, loaded, colors=console.color_system is not None):
+            for text in shown(results, loaded, colors=console.color_system is not None):
                 console.print(text, soft_wrap=True)
-        raise_if_wrong(found)
+        raise_if_wrong(results)

@@ -102,13 +102,13 @@ def adapt(
             "`columns: {chosen_reward: NAME, rejected_reward: NAME}`, or use `kind: dpo`",
         )
     filled = {column for row in rows for column, value in row.items() if value is not None}
-    own = chosen.read(filled)
+    format_columns = chosen.read(filled)
     ids = [_row_id(row, raw.name, place) for row, place in zip(rows, raw.places, strict=True)]
     rows = decode_json_columns(rows, chosen.column_types(filled), ids, raw.where, audit)
-    kept = present - own if keep is None else set(keep) - own
+    kept = present - format_columns if keep is None else set(keep) - format_columns
     missed, others = unread(
         rows,
-        filled - own - set(used if keep is None else kept) - _read_of_common(kind),
+        filled - format_columns - set(used if keep is None else kept) - _read_of_common(kind),
         {*COMMON, *chosen.ignored},
     )
     if kind == "prompt":  # responses will be sampled
@@ -116,12 +116,12 @@ def adapt(
             [c for c in missed if c not in _ANSWERS],
             sorted({*others, *(_ANSWERS & {*missed})}),
         )
-    asked = chosen.prompt_column(filled)
-    if chosen.prompts and asked is None:
+    prompt_column = chosen.prompt_column(filled)
+    if chosen.prompts and prompt_column is None:
         _check_no_prompt_unread(rows, missed, raw.where)
     # A required column that only some rows have is an error in the others.
     never_null = [c for c in chosen.required if c not in chosen.nullable]
-    needed = [*never_null, *(["prompt"] if asked == "prompt" else [])]
+    needed = [*never_null, *(["prompt"] if prompt_column == "prompt" else [])]
     problems = RowProblems(raw.where)
     adapted = []
     places: Sequence[int] = raw.places
@@ -143,10 +143,10 @@ def adapt(
             repeated = {column for column in repeated if _says(new, row.get(column))}
             if special_tokens is not None:
                 new["special_tokens"] = special_tokens
-            given = new.get("rewards")
+            raw_rewards = new.get("rewards")
             _finish(new, row, chosen, require_rewards, audit)
             if as_given and row.get("judge") is not None:  # a judge leaves responses undecided
-                new["rewards"] = _decided(given, new["rewards"])
+                new["rewards"] = _decided(raw_rewards, new["rewards"])
             new = {**{c: row[c] for c in row if c in kept and c != COLUMN}, **new}
             if keep is None and isinstance(row.get("source"), str):
                 new["source"] = row["source"]
@@ -161,7 +161,7 @@ def adapt(
         repeated = set()
     unused = [column for column in missed if column not in repeated]
     audit.add_unread(raw.name, unused, [*others, *repeated])
-    problems.raise_if_any(len(rows), fix=_how_to_fix(chosen, asked, missed, rows))
+    problems.raise_if_any(len(rows), fix=_how_to_fix(chosen, prompt_column, missed, rows))
     sampled = "responses" in chosen.required and "sampling" in present
     if sampled and format != "ranked" and "ranks" not in present and not unscored:
         _require_scores(adapted, raw.where)
@@ -224,18 +224,20 @@ def _check_no_prompt_unread(rows: Sequence[Row], missed: Sequence[str], where: s
 
 
 def _how_to_fix(
-    format: Format, asked: str | None, missed: Sequence[str], rows: Sequence[Row]
+    format: Format, prompt_column: str | None, missed: Sequence[str], rows: Sequence[Row]
 ) -> str:
     """Return the fix, with a suggested mapping of unread columns to those that some rows lack."""
     needed = [column for column in format.required if column not in format.nullable]
-    lacking = [column for column in needed if any(row.get(column) is None for row in rows)]
-    if format.prompts and (asked is None or any(row.get(asked) is None for row in rows)):
-        lacking.append("prompt")
-    if not (missed and lacking):
+    missing = [column for column in needed if any(row.get(column) is None for row in rows)]
+    if format.prompts and (
+        prompt_column is None or any(row.get(prompt_column) is None for row in rows)
+    ):
+        missing.append("prompt")
+    if not (missed and missing):
         return "correct or remove these rows"
     return (
         f"correct or remove these rows, or map one of the unread columns ({', '.join(missed)}): "
-        f"{mapping_for(lacking, missed)}"
+        f"{mapping_for(missing, missed)}"
     )
 
 
@@ -261,11 +263,11 @@ def _together(
     joined, firsts = [], []
     same = ("prompt", "system", "tools", "ground_truth", COLUMN)
     for _, run in groupby(range(len(rows)), key=lambda i: repr([rows[i].get(c) for c in same])):
-        alike = list(run)
-        lists = {c: [rows[i].get(c) for i in alike] for c in columns}
-        whole = {c: None if None in values else values for c, values in lists.items()}
-        joined.append({**rows[alike[0]], **whole})
-        firsts.append(places[alike[0]])
+        indices = list(run)
+        lists = {c: [rows[i].get(c) for i in indices] for c in columns}
+        joined_columns = {c: None if None in values else values for c, values in lists.items()}
+        joined.append({**rows[indices[0]], **joined_columns})
+        firsts.append(places[indices[0]])
     return joined, firsts
 
 
@@ -277,18 +279,18 @@ def _renamed(raw: RawSource, columns: Mapping[str, str]) -> list[dict[str, Any]]
     }
     present = {column for row in raw.rows for column in row}
     if columns and all(a in present - known and b in known for a, b in columns.items()):
-        turned = ", ".join(f"{ours}: {theirs}" for theirs, ours in columns.items())
+        swapped = ", ".join(f"{expected}: {in_file}" for in_file, expected in columns.items())
         raise DataError(
             "`columns` is reversed",
             code="data.reversed-columns",
             where=raw.where,
             why="its form is {expected name: name in the file}",
-            fix=f"write `{{{turned}}}`",
+            fix=f"write `{{{swapped}}}`",
         )
-    for ours, theirs in columns.items():
+    for expected, in_file in columns.items():
         for name, table, what in (
-            (ours, known, "which is not a column of any format"),
-            (theirs, present, "which is not a column of the file"),
+            (expected, known, "which is not a column of any format"),
+            (in_file, present, "which is not a column of the file"),
         ):
             if name not in table:
                 near = difflib.get_close_matches(name, table, n=1)
@@ -302,7 +304,7 @@ def _renamed(raw: RawSource, columns: Mapping[str, str]) -> list[dict[str, Any]]
     renamed = []
     for row in raw.rows:
         rest = {name: value for name, value in row.items() if name not in columns.values()}
-        new = {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+        new = {expected: row[in_file] for expected, in_file in columns.items() if in_file in row}
         renamed.append({**rest, **new})
     return renamed
 
@@ -332,10 +334,10 @@ def _finish(new: Row, raw: Raw, format: Format, require_rewards: bool, audit: Au
     new["truth_chosen"] = bool(flag) or is_truth
 
 
-def _decided(given: Sequence[Any] | None, found: list[float] | None) -> list[Any] | None:
+def _decided(raw: Sequence[Any] | None, rewards: list[float] | None) -> list[Any] | None:
     """Return the rewards with null for absent ones; None if they have another fault."""
-    absent_only = given is not None and all(r is None or not reward_fault(r) for r in given)
-    return list(given) if given is not None and absent_only else found
+    absent_only = raw is not None and all(r is None or not reward_fault(r) for r in raw)
+    return list(raw) if raw is not None and absent_only else rewards
 
 
 def _rewards(new: Row, required: bool, audit: Audit) -> list[float] | None:

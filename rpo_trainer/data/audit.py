@@ -42,19 +42,19 @@ class Audit(AuditCounts):
 
     def leave_out_all(self, reason: str, rows: Sequence[Row], kept: Sequence[Row]) -> None:
         """Count the rows that are not in `kept`, and count repeated prompts again, in `kept` only."""
-        own = {id(row) for row in kept}
+        kept_ids = {id(row) for row in kept}
         for row in rows:
-            if id(row) not in own:
+            if id(row) not in kept_ids:
                 self.leave_out(reason, str(row.get("source")), 1)
         if [self.warnings.pop(name) for name in REPEATED if name in self.warnings]:
             self.observe_prompts(kept)
 
     def observe_prompts(self, rows: Sequence[Row]) -> None:
         """Count prompts that are equal or nearly equal to an earlier one."""
-        same, alike = repeated(rows)
-        for row in same:
+        exact, similar = repeated(rows)
+        for row in exact:
             self.warn("duplicate_prompt", row["id"])
-        for row in alike:
+        for row in similar:
             self.warn("similar_prompt", row["id"])
 
     def observe_pairs(self, rows: Sequence[Row]) -> None:
@@ -137,16 +137,16 @@ class Audit(AuditCounts):
         Raises:
             DataError: such prompts exist, and `on_overlap` is `error`.
         """
-        same, alike = shared(train, evaluation)
-        found = [*same, *alike]
-        counts = {"rows": len(evaluation), "exact": len(same), "normalized": len(alike)}
+        exact, similar = shared(train, evaluation)
+        overlapping = [*exact, *similar]
+        counts = {"rows": len(evaluation), "exact": len(exact), "normalized": len(similar)}
         self.overlap = {name: self.overlap.get(name, 0) + n for name, n in counts.items()}
-        if not found:
+        if not overlapping:
             return 0
-        nearly = f", {len(alike)} of them up to case, white space or Unicode form"
+        nearly = f", {len(similar)} of them up to case, white space or Unicode form"
         what = (
-            f"{len(found)} of {len(evaluation)} eval rows have a prompt of the training data"
-            f"{nearly if alike else ''} ({', '.join(str(row['id']) for row in found[:EXAMPLES])})"
+            f"{len(overlapping)} of {len(evaluation)} eval rows have a prompt of the training data"
+            f"{nearly if similar else ''} ({', '.join(str(row['id']) for row in overlapping[:EXAMPLES])})"
         )
         if on_overlap == "error":
             raise DataError(
@@ -157,7 +157,7 @@ class Audit(AuditCounts):
                 fix="remove these rows from `train` or `eval`, or set `eval_overlap: warn`",
             )
         self.remark(what if where is None else f"{where}: {what}")
-        return len(found)
+        return len(overlapping)
 
     def drops(self, what: str = "the rows") -> str | None:
         """Return one sentence with the number of dropped rows by reason; None if none was dropped."""
@@ -185,36 +185,36 @@ class Audit(AuditCounts):
         fraction of the rows.
         """
         info, warn = logging.INFO, logging.WARNING
-        told = [(info, line) for line in self._counts()]
+        lines = [(info, line) for line in self._counts()]
         if drops := self.drops(what):
-            told.append((warn, drops))
+            lines.append((warn, drops))
         for reason, counts in self.left_out.items():
             for source, rows in counts.items():
                 limited = reason == MAX_ROWS
-                whole = self.read.get(source, 0) if limited else self._available(source)
-                text = f"{percent(rows, max(rows, whole))} of its rows ({rows}) {LEFT_OUT[reason]}"
-                told.append((info if reason == HELD_OUT else warn, f"{source}: {text}"))
-        told += [(info, line) for line in self._facts()]
+                total = self.read.get(source, 0) if limited else self._available(source)
+                text = f"{percent(rows, max(rows, total))} of its rows ({rows}) {LEFT_OUT[reason]}"
+                lines.append((info if reason == HELD_OUT else warn, f"{source}: {text}"))
+        lines += [(info, line) for line in self._facts()]
         for reason, count in self.warnings.items():
-            whole = count.of or self.rows()
-            share = f" ({percent(count.count, whole)})" if whole else ""
-            found = f"{count.count} {rows_word(count)}{share}"
-            text = f"{found}, {WARNINGS.get(reason, reason)}{examples_of(count)}"
-            told.append((info if reason in HARMLESS else warn, text))
+            total = count.of or self.rows()
+            share = f" ({percent(count.count, total)})" if total else ""
+            counted = f"{count.count} {rows_word(count)}{share}"
+            text = f"{counted}, {WARNINGS.get(reason, reason)}{examples_of(count)}"
+            lines.append((info if reason in HARMLESS else warn, text))
         for source, differences in self.generation.items():
             if (difference := differences.text()) is not None:
-                told.append((warn, f"{source}: {difference}"))
-        for source, cut in self.cut.items():
-            if cut.count:
-                told.append((warn if cut.many else info, f"{source}: {cut.text()}"))
-        told += [(warn, text) for text in self.remarks]
+                lines.append((warn, f"{source}: {difference}"))
+        for source, truncated in self.cut.items():
+            if truncated.count:
+                lines.append((warn if truncated.many else info, f"{source}: {truncated.text()}"))
+        lines += [(warn, text) for text in self.remarks]
         for source, columns in self.unread_columns.items():
-            told.append((warn, unread_columns(source, columns)))
+            lines.append((warn, unread_columns(source, columns)))
         for source, columns in self.extra_columns.items():
             others = [c for c in columns if c not in self.unread_columns.get(source, ())]
             if others:
-                told.append((info, f"{source}: unused columns: {', '.join(others)}"))
-        return told
+                lines.append((info, f"{source}: unused columns: {', '.join(others)}"))
+        return lines
 
     def summary_lines(self) -> list[str]:
         """Return the messages as lines; warnings begin with `warning: `."""

@@ -8,9 +8,9 @@ from typing import Any
 from rpo_trainer.data.counts import (
     MAX_ROWS,
     Count,
-    CutResponses,
     Differences,
     SpecialText,
+    TruncatedResponses,
     quantiles,
 )
 
@@ -39,7 +39,7 @@ class AuditCounts:
         self.unread_columns: dict[str, list[str]] = {}
         self.special_text: dict[str, SpecialText] = {}
         self.generation: dict[str, Differences] = {}
-        self.cut: dict[str, CutResponses] = {}
+        self.cut: dict[str, TruncatedResponses] = {}
         self.max_length: int | None = None
         self.pairs: dict[str, Any] = {}
         self.filter: dict[str, Any] = {}
@@ -103,10 +103,10 @@ class AuditCounts:
         """
         self.generation.setdefault(source, Differences()).add(row_id, differs)
 
-    def add_cut(self, source: str, finished: Sequence[bool]) -> None:
+    def add_truncated(self, source: str, finished: Sequence[bool]) -> None:
         """Count the truncated responses of an example."""
-        found = CutResponses(sum(not whole for whole in finished), len(finished))
-        self.cut.setdefault(source, CutResponses()).add(found)
+        counts = TruncatedResponses(sum(not flag for flag in finished), len(finished))
+        self.cut.setdefault(source, TruncatedResponses()).add(counts)
 
     def remark(self, text: str) -> None:
         """Add a warning about the entire data set."""
@@ -126,15 +126,18 @@ class AuditCounts:
         """Add the counts of another audit, from tokenizing further rows of the same data set."""
         for source, rows in other.kept.items():
             self.kept[source] = self.kept.get(source, 0) + rows
-        for mine, theirs in ((self.dropped, other.dropped), (self.warnings, other.warnings)):
-            for reason, count in theirs.items():
-                mine.setdefault(reason, Count()).add_all(count)
+        for counts, other_counts in (
+            (self.dropped, other.dropped),
+            (self.warnings, other.warnings),
+        ):
+            for reason, count in other_counts.items():
+                counts.setdefault(reason, Count()).add_all(count)
         for source, found in other.special_text.items():
             self.special_text.setdefault(source, SpecialText()).add(found)
         for source, differences in other.generation.items():
             self.generation.setdefault(source, Differences()).add_all(differences)
-        for source, cut in other.cut.items():
-            self.cut.setdefault(source, CutResponses()).add(cut)
+        for source, truncated in other.cut.items():
+            self.cut.setdefault(source, TruncatedResponses()).add(truncated)
         for name, lengths in other._lengths.items():
             self._lengths.setdefault(name, []).extend(lengths)
 

@@ -101,11 +101,11 @@ def mapping_for(missing: Sequence[str], unread_columns: Collection[str]) -> str:
     """Return an example of the setting that maps the missing columns: `columns: {prompt: question}`."""
     left = list(unread_columns)
     pairs = []
-    for ours in missing:
+    for column in missing:
         lowered = {column.lower(): column for column in left}
-        names = [name.lower() for name in MEANT.get(ours, ())]
+        names = [name.lower() for name in MEANT.get(column, ())]
         theirs = next((lowered[name] for name in names if name in lowered), None)
         if theirs is not None:
             left.remove(theirs)
-        pairs.append(f"{ours}: {theirs or 'NAME'}")
+        pairs.append(f"{column}: {theirs or 'NAME'}")
     return f"`columns: {{{', '.join(pairs)}}}`"

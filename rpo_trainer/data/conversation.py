@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rpo_trainer.data.messages import check_conversation, check_prompt_end, is_messages, to_messages
-from rpo_trainer.data.rows import Message, Row, RowError, check_text, fields_beside, is_blank
+from rpo_trainer.data.rows import Message, Row, RowError, check_text, extra_message_fields, is_blank
 
 # Markers of an assistant turn in a conversation stored as one text: a name and a colon at the beginning of a
 # line, a heading, or the tokens of a chat template.
@@ -176,30 +176,30 @@ def _split(prompt: object, answer: object, name: str) -> _Split:
                 code="data.untrained-response",
             )
         before, response = _joined(prompt, turns[:-1], name), turns[-1]["content"]
-        fields = fields_beside(turns[-1])
+        fields = extra_message_fields(turns[-1])
     check_conversation(before, f"the prompt of {name}")
     check_prompt_end(before, f"the prompt of {name}")
     return _Split(before, response, fields)
 
 
-def _joined(prompt: object, lead: list[Message], name: str) -> list[Message]:
+def _joined(prompt: object, answer_turns: list[Message], name: str) -> list[Message]:
     """Join the prompt and the turns before the last turn of an answer, which may repeat the prompt."""
     if prompt is None:
-        if not lead:
+        if not answer_turns:
             raise RowError(
                 f"`prompt` is missing, and {name} has only one turn",
                 code="data.missing-prompt",
             )
-        return lead
+        return answer_turns
     if isinstance(prompt, str):
-        if has_user(lead):
-            return lead
-        return [*lead, {"role": "user", "content": check_text(prompt, "`prompt`")}]
-    given = to_messages(prompt, "`prompt`")
-    system, turns = _system_apart(given)
-    own_system, own_turns = _system_apart(lead)
+        if has_user(answer_turns):
+            return answer_turns
+        return [*answer_turns, {"role": "user", "content": check_text(prompt, "`prompt`")}]
+    prompt_turns = to_messages(prompt, "`prompt`")
+    system, turns = _system_apart(prompt_turns)
+    own_system, own_turns = _system_apart(answer_turns)
     if own_turns[: len(turns)] != turns:
-        return given + lead
+        return prompt_turns + answer_turns
     if system and own_system and system != own_system:
         raise RowError(
             f"the system turns of `prompt` and {name} differ", code="data.conflicting-system"
@@ -243,14 +243,14 @@ def pair_prompt(raw: Mapping[str, Any], answers: Sequence[object]) -> tuple[obje
         prompt = sharegpt_messages(raw)
     else:
         prompt = to_messages(raw[column], f"`{column}`")
-    if not all(map(_is_whole, answers)):
+    if not all(map(_is_full_conversation, answers)):
         return prompt, []
-    said = [m for answer in answers for m in to_messages(answer, "an answer")]
-    repeated = all(holds(said, message["content"]) for message in prompt)
+    turns = [m for answer in answers for m in to_messages(answer, "an answer")]
+    repeated = all(holds(turns, message["content"]) for message in prompt)
     return None, [] if repeated else [column]
 
 
-def _is_whole(answer: object) -> bool:
+def _is_full_conversation(answer: object) -> bool:
     """Whether an answer is a full conversation, with a user turn."""
     return is_messages(answer) and has_user(to_messages(answer, "an answer"))
 

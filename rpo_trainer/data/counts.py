@@ -93,13 +93,13 @@ class SpecialText:
 
 
 @dataclass
-class CutResponses:
+class TruncatedResponses:
     """Truncated responses of a source, among `of` trained responses."""
 
     count: int = 0
     of: int = 0
 
-    def add(self, other: CutResponses) -> None:
+    def add(self, other: TruncatedResponses) -> None:
         """Add the counts of further responses."""
         self.count += other.count
         self.of += other.of

@@ -73,9 +73,9 @@ class Encoder:
                 either all responses to a prompt must be tokenized so, or none.
         """
         flags = [bool(t.literal) or bool(apart and apart[i]) for i, t in enumerate(texts)]
-        whole = [text for text, flag in zip(texts, flags, strict=True) if not flag]
-        letters = iter(self._batch([t.text for t in whole if _as_letters(t)], literal=True))
-        control = iter(self._batch([t.text for t in whole if not _as_letters(t)], literal=False))
+        at_once = [text for text, flag in zip(texts, flags, strict=True) if not flag]
+        letters = iter(self._batch([t.text for t in at_once if _as_letters(t)], literal=True))
+        control = iter(self._batch([t.text for t in at_once if not _as_letters(t)], literal=False))
         encoded = []
         for text, flag in zip(texts, flags, strict=True):
             piece = (
@@ -89,9 +89,9 @@ class Encoder:
             ids, offsets = self._cut_blanks(text, ids, offsets)
         mask = mask_of(self._own_text(text.text, ids, offsets), text.spans)
         if text.plain and text.parsed and (ended := self._ended(ids, text.text, offsets)):
-            ended -= int(text.cut)
+            ended -= int(text.truncated)
             ids, mask = ids[:ended], mask[:ended]
-        elif text.plain and not text.cut:
+        elif text.plain and not text.truncated:
             ids, mask = [*ids, self.end()], [*mask, int(bool(text.spans))]
         bos = self.tokenizer.bos_token
         written = not _as_letters(text) and bos is not None and text.text.startswith(bos)

@@ -38,31 +38,31 @@ def decode_json_columns(
         DataError, or Problems: only some values of a decoded column can be decoded, or the format expects
             text in the column.
     """
-    found = [dict(row) for row in rows]
+    decoded_rows = [dict(row) for row in rows]
     for column in [c for c, kind in types.items() if kind in ("list", "answers")]:
-        for row in found:
+        for row in decoded_rows:
             if (value := _value(row.get(column), python=True)) is not None:
                 row[column] = value
     problems = RowProblems(where)
     for column in [c for c, kind in types.items() if kind in ("messages", "answers", "text")]:
         turn = column.startswith(("chosen", "rejected"))  # may be one turn
-        decoded = [_decoded(row.get(column), turn) for row in found]
-        those = [i for i, value in enumerate(decoded) if value is not None]
-        given = sum(row.get(column) is not None for row in found)
-        if 2 * len(those) < given:
-            for i in those:
+        decoded = [_decoded(row.get(column), turn) for row in decoded_rows]
+        indices = [i for i, value in enumerate(decoded) if value is not None]
+        present = sum(row.get(column) is not None for row in decoded_rows)
+        if 2 * len(indices) < present:
+            for i in indices:
                 audit.warn("messages_as_text", ids[i])
             continue
-        for i in those:
+        for i in indices:
             if types[column] == "text":
                 fault = RowError(
                     f"`{column}` is a list of messages, but its format reads text",
                     code="data.messages-for-text",
                 )
                 problems.add(fault, ids[i])
-            found[i][column] = decoded[i]
-        for i in set(range(len(found))) - set(those) if those else ():
-            if isinstance(found[i].get(column), str):
+            decoded_rows[i][column] = decoded[i]
+        for i in set(range(len(decoded_rows))) - set(indices) if indices else ():
+            if isinstance(decoded_rows[i].get(column), str):
                 fault = RowError(
                     f"`{column}` is text, but a list of messages in other rows",
                     code="data.mixed-column",
@@ -73,7 +73,7 @@ def decode_json_columns(
         "`columns: {messages: NAME}`"
     )
     problems.raise_if_any(len(rows), fix=fix)
-    return found
+    return decoded_rows
 
 
 def _decoded(value: Any, turn: bool = False) -> Any:

@@ -134,18 +134,18 @@ def parse(text: str, where: str, *, last: bool) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_no_key_twice, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        cut = last and not text.rstrip().endswith(("}", "]"))
+        truncated = last and not text.rstrip().endswith(("}", "]"))
         line = f"{where}:{error.lineno}" if error.lineno > 1 else where
-        found = f"({error.msg}, column {error.colno})"
-        if cut:
+        detail = f"({error.msg}, column {error.colno})"
+        if truncated:
             raise DataError(
-                f"the last line is truncated {found}",
+                f"the last line is truncated {detail}",
                 code="data.damaged-file",
                 where=line,
                 fix=AGAIN,
             ) from None
         raise DataError(
-            f"not valid JSON {found}",
+            f"not valid JSON {detail}",
             code="data.invalid-json",
             where=line,
             fix="fix the line; each line must be one JSON object",

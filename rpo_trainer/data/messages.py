@@ -47,14 +47,14 @@ def to_messages(value: object, what: str) -> list[Message]:
         raise RowError(f"{what} is not a list of messages", code="data.not-messages")
     assert isinstance(value, list)
     # In Arrow every message has all keys of the column: a null value is an absent key.
-    given = [{key: item for key, item in m.items() if item is not None} for m in value]
-    raw_roles = [str(_either(m, "role", "from", what)).lower() for m in given]
+    messages = [{key: item for key, item in m.items() if item is not None} for m in value]
+    raw_roles = [str(_either(m, "role", "from", what)).lower() for m in messages]
     for role in raw_roles:
         if role not in ROLE_NAMES:
             raise RowError(f"unknown role {role!r} in {what}", code="data.unknown-role")
-    _check_order([_order_role(m, r) for m, r in zip(given, raw_roles, strict=True)], what)
+    _check_order([_order_role(m, r) for m, r in zip(messages, raw_roles, strict=True)], what)
     return [
-        _to_message(m, ROLE_NAMES[role], what) for m, role in zip(given, raw_roles, strict=True)
+        _to_message(m, ROLE_NAMES[role], what) for m, role in zip(messages, raw_roles, strict=True)
     ]
 
 
@@ -64,14 +64,14 @@ def _order_role(message: Mapping[str, Any], role: str) -> str:
     return "function_call" if calls and ROLE_NAMES[role] == "assistant" else role
 
 
-def _either(message: Mapping[str, Any], ours: str, theirs: str, what: str) -> Any:
+def _either(message: Mapping[str, Any], key: str, other_key: str, what: str) -> Any:
     """Return the value of a key that has two spellings."""
-    if ours in message and theirs in message and message[ours] != message[theirs]:
+    if key in message and other_key in message and message[key] != message[other_key]:
         raise RowError(
-            f"`{ours}` and `{theirs}` of a message in {what} differ",
+            f"`{key}` and `{other_key}` of a message in {what} differ",
             code="data.conflicting-keys",
         )
-    return message.get(ours, message.get(theirs))
+    return message.get(key, message.get(other_key))
 
 
 def _to_message(raw: Mapping[str, Any], role: str, what: str) -> Message:
@@ -82,8 +82,8 @@ def _to_message(raw: Mapping[str, Any], role: str, what: str) -> Message:
     if content is None and raw.get("tool_calls"):
         content = ""
     if content is None:
-        said = "`refusal` but no" if raw.get("refusal") else "no"
-        raise RowError(f"a message in {what} has {said} `content`", code="data.missing-content")
+        missing = "`refusal` but no" if raw.get("refusal") else "no"
+        raise RowError(f"a message in {what} has {missing} `content`", code="data.missing-content")
     if isinstance(content, list):
         content, thought = _joined_parts(content, what)
         if thought:
@@ -160,21 +160,24 @@ def _joined_parts(parts: Sequence[Any], what: str) -> tuple[str, str]:
             f"the content of a message in {what} is a list, not text", code="data.not-text"
         )
     for part in parts:
-        given = {key: value for key, value in part.items() if value is not None}
-        kind = given.pop("type", None)
+        fields = {key: value for key, value in part.items() if value is not None}
+        kind = fields.pop("type", None)
         if kind == "reasoning":
-            given, kind = {"thinking" if k == kind else k: v for k, v in given.items()}, "thinking"
+            fields, kind = (
+                {"thinking" if k == kind else k: v for k, v in fields.items()},
+                "thinking",
+            )
         if kind not in texts:
             raise RowError(
                 f"the content of a message in {what} has a part of type {kind!r}; only text is supported",
                 code="data.not-text",
             )
         if kind == "thinking":
-            given.setdefault("thinking", given.pop("text", None))
-        text = check_text(given.pop(kind, None), f"a part of the content of {what}")
-        if left := [key for key, value in given.items() if not is_empty(value)]:
+            fields.setdefault("thinking", fields.pop("text", None))
+        text = check_text(fields.pop(kind, None), f"a part of the content of {what}")
+        if unknown := [key for key, value in fields.items() if not is_empty(value)]:
             raise RowError(
-                f"a part of the content in {what} has the unknown field `{left[0]}`",
+                f"a part of the content in {what} has the unknown field `{unknown[0]}`",
                 code="data.unread-part",
             )
         texts[kind].append(text)

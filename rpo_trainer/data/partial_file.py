@@ -128,9 +128,9 @@ def _read(path: Path) -> tuple[list[tuple[str, int, Fields]], int]:
     """
     with path.open("rb") as file:
         lines = list(file)
-    found = [result for each in lines if (result := _read_line(each)) is not None]
-    cut = bool(lines) and not lines[-1].endswith(b"\n")
-    return found, len(lines) - len(found) - cut
+    results = [result for each in lines if (result := _read_line(each)) is not None]
+    incomplete = bool(lines) and not lines[-1].endswith(b"\n")
+    return results, len(lines) - len(results) - incomplete
 
 
 def _read_line(text: bytes) -> tuple[str, int, Fields] | None:

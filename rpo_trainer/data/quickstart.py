@@ -90,12 +90,12 @@ def general_rows(split: str, size: int, seed: int) -> list[dict[str, Any]]:
 def _rows(
     name: str,
     ask: Callable[[_Operation, tuple[Any, ...], Random], str],
-    teach: Callable[[str, tuple[Any, ...], Random], str] | None,
+    respond: Callable[[str, tuple[Any, ...], Random], str] | None,
     split: str,
     size: int,
     seed: int,
 ) -> list[dict[str, Any]]:
-    """Return rows with prompts by `ask` and, in `train`, responses by `teach` (None: correct ones)."""
+    """Return rows with prompts by `ask` and, in `train`, responses by `respond` (None: correct ones)."""
     require_known("split", split, SPLITS, code="data.unknown-split")
     if size < 1:
         raise RecipeError(
@@ -126,8 +126,8 @@ def _rows(
         seen.add(prompt)
         truth = operation.solve(*arguments)
         row = {"id": f"{name}/{split}/{seed}/{len(rows)}", "prompt": prompt}
-        if split == "train" and teach is not None:
-            row["response"] = teach(truth, arguments, rng)
+        if split == "train" and respond is not None:
+            row["response"] = respond(truth, arguments, rng)
         elif split != "preference":
             row["response"] = truth
         rows.append({**row, "ground_truth": truth})
@@ -151,10 +151,10 @@ def _instruction(operation: _Operation, arguments: tuple[Any, ...], rng: Random)
 def _weak_teacher(truth: str, arguments: tuple[Any, ...], rng: Random) -> str:
     if rng.random() < TEACHER_ACCURACY:
         return truth
-    return rng.choice(_slips(truth, str(arguments[0])))
+    return rng.choice(_wrong_answers(truth, str(arguments[0])))
 
 
-def _slips(truth: str, given: str) -> list[str]:
+def _wrong_answers(truth: str, argument: str) -> list[str]:
     """Return plausible wrong answers: off by 1 or 10, letters swapped, the last one missing, the input."""
     if truth.isdigit():
         number = int(truth)
@@ -163,7 +163,7 @@ def _slips(truth: str, given: str) -> list[str]:
         found = [
             truth[:i] + truth[i + 1] + truth[i] + truth[i + 2 :] for i in range(len(truth) - 1)
         ]
-    found += [truth[:-1], given]
+    found += [truth[:-1], argument]
     return [slip for slip in found if slip not in ("", truth)]
 
 

@@ -25,7 +25,7 @@ class Rendered:
         spans: trained character ranges of `text`, ascending.
         literal: character ranges of special-token text that is part of the data.
         plain: no chat template is used; the text has no control tokens, and the EOS token is appended.
-        cut: the response is truncated, so that no EOS token is appended.
+        truncated: the response is truncated, so that no EOS token is appended.
         parsed: special-token text of the data is read as control tokens.
         differs: the texts before a trained turn in generation and in training, around their first
             difference; None if the turn follows its generation prompt.
@@ -35,17 +35,19 @@ class Rendered:
     spans: tuple[Span, ...]
     literal: tuple[Span, ...] = ()
     plain: bool = False
-    cut: bool = False
+    truncated: bool = False
     parsed: bool = False
     differs: tuple[str, str] | None = None
 
 
 def render_plain(
-    prompt: str, response: str, *, parsed: bool = False, cut: bool = False
+    prompt: str, response: str, *, parsed: bool = False, truncated: bool = False
 ) -> Rendered:
-    """Concatenate prompt and response; `cut`: the response is truncated and gets no EOS token."""
+    """Concatenate prompt and response; a `truncated` response gets no EOS token."""
     text = prompt + response
-    return Rendered(text, ((len(prompt), len(text)),), plain=True, cut=cut, parsed=parsed)
+    return Rendered(
+        text, ((len(prompt), len(text)),), plain=True, truncated=truncated, parsed=parsed
+    )
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:

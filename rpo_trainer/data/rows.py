@@ -144,30 +144,30 @@ def leaf_texts(value: object) -> Iterator[str]:
             yield from leaf_texts(item)
 
 
-def with_responses(row: Row, kept: Sequence[int]) -> Row:
-    """Return the row with only the responses `kept`, in this order, and their rewards and other fields."""
+def with_responses(row: Row, indices: Sequence[int]) -> Row:
+    """Return the row with only the responses `indices`, in this order, and their rewards and other fields."""
     chosen = {
-        name: [row[name][i] for i in kept]
+        name: [row[name][i] for i in indices]
         for name in ("responses", "rewards", "response_fields", "finished")
         if row.get(name) is not None
     }
     return {**row, **chosen}
 
 
-def fields_beside(turn: Message) -> Row:
+def extra_message_fields(turn: Message) -> Row:
     """Return the fields of a response's message other than its text, for `response_fields`."""
     text = ("role", "content", "weight", "tool_calls")
     return {key: value for key, value in turn.items() if key not in text}
 
 
-def is_cut(row: Row, number: int) -> bool:
+def is_truncated(row: Row, number: int) -> bool:
     """Whether a response is truncated, so that no end token is trained after it."""
     return bool(row.get("finished")) and not row["finished"][number]
 
 
 def response_key(row: Row, number: int) -> str:
     """Return a key that is equal for responses with the same text, thinking and truncation."""
-    return repr((response_message(row, number), is_cut(row, number)))
+    return repr((response_message(row, number), is_truncated(row, number)))
 
 
 def response_message(row: Row, number: int) -> Message:

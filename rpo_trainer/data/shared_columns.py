@@ -1,4 +1,4 @@
-"""Columns that all formats read or refuse alike: tools, system prompt, template variables, media, nulls."""
+"""Columns that all formats handle in the same way: tools, system prompt, template variables, media, nulls."""
 
 from __future__ import annotations
 

@@ -24,57 +24,61 @@ class LeftOut:
 
 
 def left_out(
-    renderer: ChatRenderer, talk: Sequence[Message], tools: Tools, rendered: Rendered
+    renderer: ChatRenderer, messages: Sequence[Message], tools: Tools, rendered: Rendered
 ) -> LeftOut:
     """Return the parts of messages that the template does not render, or not in every turn.
 
     Args:
-        rendered: `talk` rendered by `renderer`.
+        rendered: `messages` rendered by `renderer`.
 
     Raises:
         RowError: a tool call, or its arguments, is not rendered.
     """
     text = Written(rendered.text)
-    found = LeftOut(set(renderer.unread_keys(talk, tools, rendered)))
-    turns = trained_turns(talk)
+    missing = LeftOut(set(renderer.unread_keys(messages, tools, rendered)))
+    turns = trained_turns(messages)
     turns = turns[len(turns) - len(rendered.spans) :]
     spans = dict(zip(turns, rendered.spans, strict=True))
-    for number, message in enumerate(renderer.as_read(talk, tools)):
-        own = whole = text
+    for number, message in enumerate(renderer.as_read(messages, tools)):
+        turn_text = full_turn_text = text
         if number in spans:
             begin, end = spans[number]
-            own = Written(rendered.text[begin:end])
+            turn_text = Written(rendered.text[begin:end])
             # The generation prompt may contain the beginning of the thinking.
             begin = renderer.thought_begins(rendered.text[:begin])
-            whole = Written(rendered.text[begin:end])
+            full_turn_text = Written(rendered.text[begin:end])
         calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
         names = Counter(str(called.get("name") or "") for called in calls)
-        if not all(map(own.has, names)):
+        if not all(map(turn_text.has, names)):
             raise RowError(
                 f"the chat template does not render {CALLS}", code="template.unwritten-tool-calls"
             )
         texts = [list(leaf_texts(called.get("arguments"))) for called in calls]
-        alone = any(own.count(name) < count for name, count in names.items())
-        if alone or any(part and not any(map(own.has, part)) for part in texts):
+        call_missing = any(turn_text.count(name) < count for name, count in names.items())
+        if call_missing or any(part and not any(map(turn_text.has, part)) for part in texts):
             raise RowError(
                 f"the chat template does not render all of {CALLS}",
                 code="template.unwritten-tool-calls",
             )
-        if not all(map(own.has_all, texts)):
-            found.keys.add("tool_calls")
+        if not all(map(turn_text.has_all, texts)):
+            missing.keys.add("tool_calls")
         thoughts = [message[key] for key in THINKING if message.get(key)]
         content = list(leaf_texts(message["content"]))
         # Search for thinking outside the answer, which may repeat it.
-        missed = not whole.has_all(content) or not whole.without(content).has_all(
+        missed = not full_turn_text.has_all(content) or not full_turn_text.without(content).has_all(
             leaf_texts(thoughts)
         )
-        said = message["role"] == "assistant"
-        if missed or (said and not thoughts and renderer.takes_for_thinking(whole.text, content)):
-            found.warnings.add("text_left_out" if said else "prompt_text_left_out")
+        is_assistant = message["role"] == "assistant"
+        if missed or (
+            is_assistant
+            and not thoughts
+            and renderer.treats_as_thinking(full_turn_text.text, content)
+        ):
+            missing.warnings.add("text_left_out" if is_assistant else "prompt_text_left_out")
         for key in message.keys() - {"role", "content", "weight", "tool_calls", *THINKING}:
             if not text.has_all(leaf_texts(message[key])):
-                found.keys.add(key)
-    return found
+                missing.keys.add(key)
+    return missing
 
 
 class Written:

@@ -49,7 +49,7 @@ class Thoughts:
         last = self._marks(text[self.controls.thoughts_at_end(text) :])[-1:]
         return any(not CLOSING.search(mark) for mark in last) or text.endswith("<think>")
 
-    def cut(self, written: str, content: Sequence[str]) -> bool:
+    def treated_as_thinking(self, written: str, content: Sequence[str]) -> bool:
         """Whether the rendered turn `written` treats a part of the content as thinking.
 
         That is, if it contains a closing marker, and follows an opening one that is not part of it.

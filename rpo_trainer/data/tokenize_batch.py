@@ -17,7 +17,7 @@ from rpo_trainer.data.rows import (
     RowProblems,
     Truncation,
     is_blank,
-    is_cut,
+    is_truncated,
     response_key,
     response_message,
     row_texts,
@@ -120,21 +120,27 @@ class BatchTokenizer:
         if "messages" not in row and isinstance(row["prompt"], str):
             responses = [row["response"]] if self.kind == "sft" else row["responses"]
             texts = [
-                render_plain(row["prompt"], answer, parsed=parsed, cut=is_cut(row, number))
+                render_plain(
+                    row["prompt"], answer, parsed=parsed, truncated=is_truncated(row, number)
+                )
                 for number, answer in enumerate(responses)
             ]
             unread = {"tools"} if tools else set()
         else:
-            talks = _conversations(row)
+            conversations = _conversations(row)
             last_only = "messages" not in row
             renderer = self.renderer.using(row.get(COLUMN), parsed=parsed)
             texts = [
                 renderer.conversation(
-                    talk, tools, last_only=last_only, parsed=parsed, cut=is_cut(row, number)
+                    messages,
+                    tools,
+                    last_only=last_only,
+                    parsed=parsed,
+                    truncated=is_truncated(row, number),
                 )
-                for number, talk in enumerate(talks)
+                for number, messages in enumerate(conversations)
             ]
-            unread = self._unread(row, zip(talks, texts, strict=True))
+            unread = self._unread(row, zip(conversations, texts, strict=True))
             differs = next((text.differs for text in texts if text.differs), None)
             self.audit.add_generation(row["source"], row["id"], differs)
         self._count(row, unread)
@@ -161,9 +167,9 @@ class BatchTokenizer:
         if row.get("special_tokens") is not None:
             return
         found: set[str] = set()
-        said = _said(row)
+        assistant_texts = _assistant_texts(row)
         for text in row_texts(row):
-            found |= self.renderer.special_texts_in(text, said=text in said)
+            found |= self.renderer.special_texts_in(text, assistant=text in assistant_texts)
         if found:
             self.audit.warn("special_token_text", row["id"])
         self.audit.add_special_text(row["source"], found & self.renderer.control_tokens)
@@ -172,11 +178,11 @@ class BatchTokenizer:
         """Return the message keys of a row that are not rendered; count the row once for each warning."""
         keys: set[str] = set()
         warnings: set[str] = set()
-        for talk, rendered in texts:
+        for messages, rendered in texts:
             renderer = self.renderer.using(row.get(COLUMN), parsed=rendered.parsed)
-            found = left_out(renderer, talk, row.get("tools"), rendered)
-            keys |= found.keys
-            warnings |= found.warnings
+            missing = left_out(renderer, messages, row.get("tools"), rendered)
+            keys |= missing.keys
+            warnings |= missing.warnings
         for reason in sorted(warnings):
             self.audit.warn(reason, row["id"])
         return keys
@@ -206,14 +212,15 @@ class BatchTokenizer:
         return with_responses(row, list(first.values()))
 
     def _example(self, row: Row, encoded: list[Encoded]) -> Row:
-        whole = [_trimmed(*text) for text in encoded]
+        untruncated = [_trimmed(*text) for text in encoded]
         try:
-            texts = [self._fitted(*text) for text in whole]
+            texts = [self._fitted(*text) for text in untruncated]
         except _Dropped:
-            self.audit.add_too_long(max(len(ids) for ids, _ in whole))
+            self.audit.add_too_long(max(len(ids) for ids, _ in untruncated))
             raise
         if any(
-            len(ids) < len(all_ids) for (ids, _), (all_ids, _) in zip(texts, whole, strict=True)
+            len(ids) < len(all_ids)
+            for (ids, _), (all_ids, _) in zip(texts, untruncated, strict=True)
         ):
             self.audit.warn("truncated", row["id"])
         if self.kind == "pair":
@@ -223,7 +230,7 @@ class BatchTokenizer:
             raise _Dropped("no_trained_tokens")
         self.audit.keep(row["source"])
         if row.get("finished"):
-            self.audit.add_cut(row["source"], row["finished"])
+            self.audit.add_truncated(row["source"], row["finished"])
         self.audit.add_lengths(prompt, (len(ids) - prompt for ids, _ in texts))
         return {
             "id": row["id"],
@@ -253,8 +260,8 @@ class BatchTokenizer:
             raise _Dropped("identical_after_truncation")
         if len(first) < len(texts):
             self.audit.warn("duplicate_responses_removed", row["id"])
-        kept = list(first.values())
-        return with_responses(row, kept), [texts[i] for i in kept]
+        indices = list(first.values())
+        return with_responses(row, indices), [texts[i] for i in indices]
 
 
 def _conversations(row: Row) -> list[list[Message]]:
@@ -265,10 +272,12 @@ def _conversations(row: Row) -> list[list[Message]]:
     return [[*row["prompt"], response_message(row, number)] for number in range(count)]
 
 
-def _said(row: Row) -> set[str]:
+def _assistant_texts(row: Row) -> set[str]:
     """Return the assistant's texts of a row."""
-    talk = row.get("messages") or (row["prompt"] if not isinstance(row.get("prompt"), str) else ())
-    turns = {message["content"] for message in talk if message["role"] == "assistant"}
+    messages = row.get("messages") or (
+        row["prompt"] if not isinstance(row.get("prompt"), str) else ()
+    )
+    turns = {message["content"] for message in messages if message["role"] == "assistant"}
     answers = [row["response"]] if "response" in row else row.get("responses", ())
     return {*turns, *answers}
 

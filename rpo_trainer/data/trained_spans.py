@@ -123,21 +123,21 @@ class ChatRenderer:
             return []
         try:
             ending = self.ending()
-            asked = self._render([{"role": "user", "content": SENTINEL}], None, True)
+            prompt = self._render([{"role": "user", "content": SENTINEL}], None, True)
         except RowError:
             return []
         around = "\n".join(
-            (ending.last, ending.between or "", ending.opening, *asked.split(SENTINEL))
+            (ending.last, ending.between or "", ending.opening, *prompt.split(SENTINEL))
         )
         return [n for n in added if n.strip() and n in around and not THOUGHT.search(n)]
 
-    def special_texts_in(self, text: str, *, said: bool = False) -> set[str]:
+    def special_texts_in(self, text: str, *, assistant: bool = False) -> set[str]:
         """Return the special tokens, and others that the template writes, whose text is in `text`.
 
         Args:
-            said: the text is the assistant's, in which thinking markers are tokens, not text.
+            assistant: the text is the assistant's, in which thinking markers are tokens, not text.
         """
-        if said:
+        if assistant:
             thought, text = self._thoughts.apart(text, opened=self.opens_thought())
             text = "\n".join(("".join(self._thoughts.split(thought)[::2]), text))
         return self._stand_ins.names_in(text)
@@ -170,13 +170,13 @@ class ChatRenderer:
             return []
         last = messages[-1]["role"] != "assistant"
         messages = self.as_read(list(messages), tools)
-        whole = self._render(messages, tools, last)
+        text = self._render(messages, tools, last)
         found = []
         for key in sorted(keys):
             without = [{k: v for k, v in m.items() if k != key} for m in messages]
-            if self._or_none(without, tools, last) == whole:
+            if self._or_none(without, tools, last) == text:
                 found.append(key)
-        if tools and self._or_none(messages, None, last) == whole:
+        if tools and self._or_none(messages, None, last) == text:
             found.append("tools")
         return found
 
@@ -205,9 +205,9 @@ class ChatRenderer:
     def _thinking_forms(self, tools: Tools) -> ThinkingForms:
         key = bool(tools)
         if key not in self._thinking:
-            asked: Message = {"role": "user", "content": "a"}
+            user_turn: Message = {"role": "user", "content": "a"}
             self._thinking[key] = find_thinking_forms(
-                lambda turn: self._or_none([asked, turn], tools, False),
+                lambda turn: self._or_none([user_turn, turn], tools, False),
                 opened=self.opens_thought(tools),
             )
         return self._thinking[key]
@@ -216,17 +216,17 @@ class ChatRenderer:
         """Whether the generation prompt ends with an opening thinking marker."""
         key = bool(tools)
         if key not in self._opened:
-            asked: list[Message] = [{"role": "user", "content": "a"}]
-            text = self._or_none(asked, tools, True) if self.tokenizer.chat_template else None
+            messages: list[Message] = [{"role": "user", "content": "a"}]
+            text = self._or_none(messages, tools, True) if self.tokenizer.chat_template else None
             self._opened[key] = self._thoughts.opened_by(text or "")
         return self._opened[key]
 
-    def takes_for_thinking(self, written: str, content: Sequence[str]) -> bool:
+    def treats_as_thinking(self, written: str, content: Sequence[str]) -> bool:
         """Whether the template treats a part of the content as thinking.
 
         The content contains a closing thinking marker, and the generation prompt opens no thinking.
         """
-        return not self.opens_thought() and self._thoughts.cut(written, content)
+        return not self.opens_thought() and self._thoughts.treated_as_thinking(written, content)
 
     def prompt(
         self, messages: Sequence[Message], tools: Tools = None, *, parsed: bool = False
@@ -246,12 +246,12 @@ class ChatRenderer:
         *,
         last_only: bool = False,
         parsed: bool = False,
-        cut: bool = False,
+        truncated: bool = False,
     ) -> Rendered:
         """Render a conversation, with all assistant turns trained or only the last.
 
         Args:
-            cut: the last turn is a truncated response: omit what the template writes after its content.
+            truncated: the last turn is a truncated response: omit what the template writes after its content.
             parsed: read special-token text in the messages as tokens. An end marker at the end of a turn is
                 not repeated.
 
@@ -267,19 +267,19 @@ class ChatRenderer:
         hidden = self.as_read(hidden, tools)
         turns = trained_turns(hidden)
         finder = TurnFinder(
-            lambda talk, prompt: self._render(talk, tools, prompt),
+            lambda messages, prompt: self._render(messages, tools, prompt),
             hidden,
             self._controls,
             self.ending(tools),
             self.opens_turn,
-            cut=cut,
+            truncated=truncated,
         )
         found = finder.found(turns[-1:] if last_only else turns)
         if parsed:
             shown = Rendered(found.text, tuple(found.spans), parsed=True, differs=found.differs)
         else:
             shown = self._stand_ins.show(found)
-        return replace(shown, cut=cut)
+        return replace(shown, truncated=truncated)
 
     def _without_end(self, message: Message, tools: Tools) -> Message:
         """Remove an end marker from the end of a message's content."""
@@ -319,9 +319,9 @@ class ChatRenderer:
             if len(text) > CHARACTERS:
                 raise TemplateLimit(f"it writes {len(text)} characters")
         except (jinja2.TemplateError, TemplateLimit, MemoryError, *UNREADABLE) as error:
-            said = str(error) or type(error).__name__
+            reason = str(error) or type(error).__name__
             raise RowError(
-                f"the chat template rejects the row ({said})", code="template.refuses-row"
+                f"the chat template rejects the row ({reason})", code="template.refuses-row"
             ) from None
         return str(text)
 
@@ -351,22 +351,22 @@ class ChatRenderer:
         key = bool(tools)
         if key not in self._endings:
             self._endings[key] = find_ending(
-                lambda talk, prompt: self._render(talk, tools, prompt), self._controls
+                lambda messages, prompt: self._render(messages, tools, prompt), self._controls
             )
         return self._endings[key]
 
     def _hidden(self, messages: Sequence[Message]) -> list[Message]:
         """Hide special-token text in the messages, except for markers around the assistant's thinking."""
         return [
-            self._hide_said(message)
+            self._hide_assistant(message)
             if message["role"] == "assistant"
             else self._stand_ins.hide(message)
             for message in messages
         ]
 
-    def _hide_said(self, message: Message) -> Message:
-        thought, said = self._thoughts.apart(message["content"], opened=self.opens_thought())
-        hidden: Message = self._stand_ins.hide({**message, "content": said})
+    def _hide_assistant(self, message: Message) -> Message:
+        thought, content = self._thoughts.apart(message["content"], opened=self.opens_thought())
+        hidden: Message = self._stand_ins.hide({**message, "content": content})
         parts = self._thoughts.split(thought)
         marks = [
             part if number % 2 else self._stand_ins.hide(part) for number, part in enumerate(parts)

@@ -44,8 +44,8 @@ class Controls:
         while low < high:  # bisection, since slice comparison is fast
             middle = (low + high + 1) // 2
             low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
-        cut = [self._inside(text, low) for text in (first, second)]
-        return min(cut)
+        ends = [self._inside(text, low) for text in (first, second)]
+        return min(ends)
 
     def shared_opener(self, head: str, first: str) -> str:
         """Return the token at the end of `head` if it is one of those at the beginning of `first`."""
@@ -95,21 +95,21 @@ class Ending:
     def without_opener(self, text: str, place: int) -> int:
         """Move `place` in `text` before a preceding token that opens a turn."""
         head = text[:place].rstrip()
-        cut = self.opener and head.endswith(self.opener)
-        return len(head) - len(self.opener) if cut else place
+        has_opener = self.opener and head.endswith(self.opener)
+        return len(head) - len(self.opener) if has_opener else place
 
 
 def find_ending(render: Render, controls: Controls) -> Ending:
     """Determine the ending of a template by rendering conversations with one and two user turns."""
-    said = {"role": "assistant", "content": SENTINEL}
-    asked = {"role": "user", "content": SENTINEL}
-    alone = render([USER, said], False)
-    if SENTINEL not in alone:
+    assistant = {"role": "assistant", "content": SENTINEL}
+    user = {"role": "user", "content": SENTINEL}
+    text = render([USER, assistant], False)
+    if SENTINEL not in text:
         raise RowError(UNCLEAR, code="template.turn-not-found")
-    last = alone.rpartition(SENTINEL)[2].rstrip()
-    prompt = render([asked], True).rpartition(SENTINEL)[2]
+    last = text.rpartition(SENTINEL)[2].rstrip()
+    prompt = render([user], True).rpartition(SENTINEL)[2]
     try:
-        parts = render([asked, said, asked], False).split(SENTINEL)
+        parts = render([user, assistant, user], False).split(SENTINEL)
     except RowError:
         parts = []
     if len(parts) != 4:

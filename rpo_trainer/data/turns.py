@@ -50,7 +50,7 @@ class TurnFinder:
 
     Args:
         prompt: render `messages` with the generation prompt.
-        cut: the last turn is truncated: its text and span end with its content.
+        truncated: the last turn is truncated: its text and span end with its content.
 
     Raises (all methods):
         RowError: the template refuses a part of the conversation, writes no end marker, or rewrites the turns
@@ -63,7 +63,7 @@ class TurnFinder:
     ending: Ending
     opens_turn: bool
     prompt: bool = False
-    cut: bool = False
+    truncated: bool = False
     _prompts: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class TurnFinder:
                 return self._after_prompt(turns, start)
         spans = [self.span(turn) for turn in turns]
         text = self.text
-        if last in turns and self.cut:
+        if last in turns and self.truncated:
             text = text[: spans[-1][1]]
         elif last in turns and closed and (marker := self._opener()):
             text += marker
@@ -108,8 +108,8 @@ class TurnFinder:
 
     def _parted(self, turn: int) -> bool:
         """Whether the content of a turn with tool calls is written after the results of the calls."""
-        said, *after = self.messages[turn : turn + 2]
-        called = said.get("tool_calls") and said["content"].strip()
+        message, *after = self.messages[turn : turn + 2]
+        called = message.get("tool_calls") and message["content"].strip()
         if not called or not after or after[0]["role"] != "tool":
             return False
         places = []
@@ -152,9 +152,9 @@ class TurnFinder:
         earlier = before.found([turn for turn in turns if turn < last])
         spans, text = earlier.spans, before.text
         if last in turns:
-            said = self.text[start : self._last_end()] + self._opener()
-            spans = [*spans, (len(text), len(text) + len(said))]
-            return Found(text + said, spans, earlier.differs)
+            turn_text = self.text[start : self._last_end()] + self._opener()
+            spans = [*spans, (len(text), len(text) + len(turn_text))]
+            return Found(text + turn_text, spans, earlier.differs)
         return Found(text + self.text[start:], spans, earlier.differs)
 
     def _difference(self, starts: Mapping[int, int]) -> tuple[str, str] | None:
@@ -219,21 +219,21 @@ class TurnFinder:
         """Return the part of `text` before the content of a turn, which may be empty with tool calls."""
         message = self.messages[turn]
         bare = {"role": "assistant", "content": SENTINEL}
-        tries = [(with_sentinel(message), self.messages[turn + 1 :])]
+        variants = [(with_sentinel(message), self.messages[turn + 1 :])]
         if message.get("tool_calls"):
-            tries += [(bare, self.messages[turn + 1 :]), (bare, [])]
-        found = []
-        for marked, rest in tries:
+            variants += [(bare, self.messages[turn + 1 :]), (bare, [])]
+        candidates = []
+        for marked, rest in variants:
             try:
                 parts = self.render([*self.messages[:turn], marked, *rest], self.prompt)
             except RowError:
                 continue
             before = parts.split(SENTINEL)
             if len(before) == 2 and self.text.startswith(before[0]):
-                found.append(before[0])
-        if not found:
+                candidates.append(before[0])
+        if not candidates:
             raise RowError(UNCLEAR, code="template.turn-not-found")
-        return min(found, key=len)
+        return min(candidates, key=len)
 
     def _lead(self, turn: int, prompt: str, before: str) -> str:
         """Return what the model generates between the prompt and the content of the turn.
@@ -243,9 +243,9 @@ class TurnFinder:
         """
         if not turn:
             return ""
-        alone = self.render([*self.messages[:turn], with_sentinel(self.messages[turn])], False)
-        alone = alone.partition(SENTINEL)[0]
-        lead = alone[len(prompt) :] if alone.startswith(prompt) else ""
+        rendered = self.render([*self.messages[:turn], with_sentinel(self.messages[turn])], False)
+        rendered = rendered.partition(SENTINEL)[0]
+        lead = rendered[len(prompt) :] if rendered.startswith(prompt) else ""
         own = self.opens_turn or not lead.strip()
         return lead if own and before.endswith(lead) else ""
 
@@ -257,7 +257,7 @@ class TurnFinder:
 
     def _opener(self) -> str:
         """Return the token of the next turn that ends the last one, in a template without end markers."""
-        if not self.ending.open or self.cut:
+        if not self.ending.open or self.truncated:
             return ""
         following = self._following()
         if following is not None:
@@ -287,7 +287,7 @@ class TurnFinder:
     def _last_end(self) -> int:
         """Return the end of the last turn, without text that only ends the conversation."""
         ending, text = self.ending, self.text.rstrip()
-        if self.cut:
+        if self.truncated:
             return self._words_end()
         if ending.open:
             return len(self.text)
@@ -350,19 +350,19 @@ class TurnFinder:
 
         The text between them must be the same as in a conversation that ends with the next turn.
         """
-        said, following = (
+        current, following = (
             with_last_sentinel(self.messages[turn]),
             with_sentinel(self.messages[turn + 1]),
         )
-        whole = [*self.messages[: turn + 1], following, *self.messages[turn + 2 :]]
+        full = [*self.messages[: turn + 1], following, *self.messages[turn + 2 :]]
         try:
-            pair = self.render([*self.messages[:turn], said, following], False).split(SENTINEL)
-            before, found, _ = self.render(whole, self.prompt).partition(SENTINEL)
+            pair = self.render([*self.messages[:turn], current, following], False).split(SENTINEL)
+            before, found, _ = self.render(full, self.prompt).partition(SENTINEL)
         except RowError:
             return None
         if not (len(pair) == 3 and found and self.text.startswith(before)):
             return None
-        end = self._end_in(pair[1], self._or_none([*self.messages[:turn], said]))
+        end = self._end_in(pair[1], self._or_none([*self.messages[:turn], current]))
         between = pair[1][end:]
         return len(before) - len(between) if end and before.endswith(between) else None
 

@@ -42,17 +42,21 @@ def with_new_parts(model: nn.Module, config: PeftConfig) -> PeftConfig:
             why="these modules are newly initialized, and would stay random if they were frozen",
             fix="use LoRA",
         )
-    asked = getattr(config.task_type, "value", config.task_type)
-    given = list(config.modules_to_save or ())
+    task_type = getattr(config.task_type, "value", config.task_type)
+    modules_to_save = list(config.modules_to_save or ())
     changed: Any = copy.deepcopy(config)
-    changed.modules_to_save = given + [part for part in parts if part.split(".")[-1] not in given]
+    changed.modules_to_save = modules_to_save + [
+        part for part in parts if part.split(".")[-1] not in modules_to_save
+    ]
     if heads:
         changed.task_type = "SEQ_CLS"
-    if (asked != changed.task_type or changed.modules_to_save != given) and is_main():
+    if (task_type != changed.task_type or changed.modules_to_save != modules_to_save) and is_main():
         logger.warning(
             "the adapter trains and saves %s in full (modules_to_save)%s",
             ", ".join(parts),
-            f"; its task_type is SEQ_CLS, not {asked}" if heads and asked != "SEQ_CLS" else "",
+            f"; its task_type is SEQ_CLS, not {task_type}"
+            if heads and task_type != "SEQ_CLS"
+            else "",
         )
     return changed  # type: ignore[no-any-return]
 
@@ -71,21 +75,21 @@ def fresh_parameters(inner: Any) -> tuple[list[str], list[str]]:
 
     Both are empty for models that are neither from a directory nor in the hub's cache.
     """
-    made = list(getattr(inner, "_rpo_made", ()))  # by this package
+    created = list(getattr(inner, "_rpo_made", ()))  # by this package
     if getattr(inner, "_rpo_complete", False):  # loaded by this package, with all of its weights
-        return made, []
+        return created, []
     name = getattr(inner, "name_or_path", "") or ""
     folder = local_folder(name) if name else None
     quantized = getattr(inner.config, "quantization_config", None) is not None
     try:
         if folder is None or quantized or not stored_tensors(folder, inner.config):
-            return made, []
+            return created, []
         model, info = loading_report(type(inner), inner.config, folder, name)
     except (ModelError, OSError, ValueError, SafetensorError):
-        return made, []
+        return created, []
     if model is None:
-        return made, []
-    missing = sorted({*info["missing_keys"], *made})
+        return created, []
+    missing = sorted({*info["missing_keys"], *created})
     return missing, sorted(key[0] for key in info["mismatched_keys"])
 
 
@@ -125,23 +129,23 @@ def warn_of_fused_experts(wrapped: Any, config: Any) -> None:
     if not hasattr(config, "target_parameters"):
         return
     trained = set(getattr(wrapped.base_model, "targeted_parameter_names", ()))
-    left: dict[str, int] = {}
+    untrained: dict[str, int] = {}
     for path, module in transformers_model(wrapped).named_modules():
         path = re.sub(r"(\.base_layer)+(?=\.|$)", "", path)
         for name, p in module.named_parameters(recurse=False):
-            whole = f"{path}.{name}"
+            full_name = f"{path}.{name}"
             if (
                 _is_fused_experts(path, name, module, p)
-                and whole not in trained
+                and full_name not in trained
                 and not p.requires_grad
             ):
-                short = re.split(r"\.\d+\.", whole)[-1]
-                left[short] = left.get(short, 0) + p.numel()
-    if left and is_main():
+                short = re.split(r"\.\d+\.", full_name)[-1]
+                untrained[short] = untrained.get(short, 0) + p.numel()
+    if untrained and is_main():
         logger.warning(
             "the adapter does not train the experts: %s (%.3g weights) are parameters, and "
             "target_modules covers only linear layers. To train them, set target_parameters: [%s]",
-            ", ".join(left), sum(left.values()), ", ".join(left),
+            ", ".join(untrained), sum(untrained.values()), ", ".join(untrained),
         )  # fmt: skip
 
 

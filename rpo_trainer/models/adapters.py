@@ -27,7 +27,7 @@ from rpo_trainer.models.adapter_parts import warn_of_fused_experts, with_new_par
 from rpo_trainer.models.dtypes import LOW, adapter_in_float32
 from rpo_trainer.models.multimodal import without_towers
 from rpo_trainer.models.saved_files import read_generation
-from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.models.sharding import is_replicated
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime.file_errors import device_failed, reads
 
@@ -139,7 +139,7 @@ def randomized_zero_init(model: nn.Module) -> Iterator[None]:
     """Set zero-initialized adapter parameters to random values inside, so that they have an effect."""
     zeros = [
         p
-        for p in (model.parameters() if is_adapted(model) and whole_on_every_rank(model) else ())
+        for p in (model.parameters() if is_adapted(model) and is_replicated(model) else ())
         if p.requires_grad and p.is_floating_point() and not p.any()
     ]
     generator = torch.Generator().manual_seed(0)
@@ -156,11 +156,11 @@ def randomized_zero_init(model: nn.Module) -> Iterator[None]:
 
 def starts_as(model: nn.Module, other: nn.Module) -> bool:
     """Whether an adapted model has the weights of another one below an adapter without effect."""
-    if not is_adapted(model) or is_adapted(other) or not whole_on_every_rank(model):
+    if not is_adapted(model) or is_adapted(other) or not is_replicated(model):
         return False
-    below, theirs = _base_state(model), other.state_dict()
-    if below.keys() != theirs.keys() or not all(
-        t.dtype == theirs[n].dtype and torch.equal(t.to(theirs[n].device), theirs[n])
+    below, other_state = _base_state(model), other.state_dict()
+    if below.keys() != other_state.keys() or not all(
+        t.dtype == other_state[n].dtype and torch.equal(t.to(other_state[n].device), other_state[n])
         for n, t in below.items()
     ):
         return False
@@ -171,12 +171,12 @@ def starts_as(model: nn.Module, other: nn.Module) -> bool:
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:
     """Return the base weights under their names without the adapter."""
-    kept = {}
+    state = {}
     for name, tensor in transformers_model(model).state_dict().items():
         plain = re.sub(r"(\.base_layer)+\.", ".", name).replace(".original_module.", ".")
         if plain != name or not any(mark in name for mark in ("lora_", ".modules_to_save.")):
-            kept[plain] = tensor
-    return kept
+            state[plain] = tensor
+    return state
 
 
 # --- outputs of a model ---
@@ -193,7 +193,7 @@ def lowest_precision(model: nn.Module) -> torch.dtype:
 
 def _answers(model: nn.Module) -> Tensor | None:
     """Return log-probs (or scores) for a few random tokens, or None if the weights are sharded."""
-    if not whole_on_every_rank(model):
+    if not is_replicated(model):
         return None
     inner = transformers_model(model)
     vocabulary = inner.config.get_text_config().vocab_size

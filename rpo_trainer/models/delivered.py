@@ -26,22 +26,22 @@ _CONFIG = "config.json"
 def config_dtype(config: Any) -> torch.dtype | None:
     """Return the dtype in a model's configuration, or in that of its text part; None if neither has one."""
     for part in (config, config.get_text_config()):
-        found = getattr(part, "dtype", None)
-        found = getattr(torch, found, None) if isinstance(found, str) else found
-        if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize >= 2:
-            return found
+        dtype = getattr(part, "dtype", None)
+        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2:
+            return dtype
     return None
 
 
 def copy_in_dtype(
-    source: Path, target: Path, dtype: torch.dtype, kept: re.Pattern[str] | None = None
+    source: Path, target: Path, dtype: torch.dtype, float32_names: re.Pattern[str] | None = None
 ) -> bool:
     """Copy a model directory with its float32 weights cast to `dtype`, one file in memory at a time.
 
     Args:
         source: a full model in safetensors, as `save_pretrained` writes it.
         target: replaced if it exists.
-        kept: names of weights that stay float32, see `kept_in_float32`.
+        float32_names: names of weights that stay float32, see `kept_in_float32`.
 
     Returns:
         False if a weight is too large for `dtype` (float16 ends at 65504); `target` is then removed.
@@ -51,7 +51,7 @@ def copy_in_dtype(
     weights = set(weight_files(source))
     for path in sorted(source.iterdir()):
         if path in weights:
-            large = _cast_file(path, target / path.name, dtype, kept)
+            large = _cast_file(path, target / path.name, dtype, float32_names)
             if large is not None:
                 logger.warning(
                     "%s is too large for %s: the output is saved in float32",
@@ -73,7 +73,7 @@ def copy_in_dtype(
 
 
 def _cast_file(
-    path: Path, target: Path, dtype: torch.dtype, kept: re.Pattern[str] | None
+    path: Path, target: Path, dtype: torch.dtype, float32_names: re.Pattern[str] | None
 ) -> str | None:
     """Cast one file; return the name of a weight that does not fit, or None."""
     tensors: dict[str, Tensor] = {}
@@ -81,7 +81,7 @@ def _cast_file(
         metadata = file.metadata()
         for name in file.keys():  # noqa: SIM118 (no mapping)
             tensor = file.get_tensor(name)
-            if tensor.dtype == torch.float32 and not (kept and kept.search(name)):
+            if tensor.dtype == torch.float32 and not (float32_names and float32_names.search(name)):
                 cast = tensor.to(dtype)
                 if dtype == torch.float16 and bool((cast.isinf() & tensor.isfinite()).any()):
                     return str(name)

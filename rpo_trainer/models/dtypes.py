@@ -70,9 +70,9 @@ def cast_weights(model: ModelT, dtype: torch.dtype) -> ModelT:
 
     `model.to(dtype)` would round the rotary frequencies, which are buffers.
     """
-    kept = kept_in_float32(model, dtype)
+    float32_names = kept_in_float32(model, dtype)
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not (kept and kept.search(name)):
+        if parameter.is_floating_point() and not (float32_names and float32_names.search(name)):
             parameter.data = parameter.data.to(dtype)
     return model
 
@@ -82,23 +82,23 @@ def round_weights(model: ModelT, dtype: torch.dtype) -> ModelT:
 
     For engines that need one dtype for frozen and trained weights (DeepSpeed).
     """
-    kept = kept_in_float32(model, dtype)
+    float32_names = kept_in_float32(model, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            here: Tensor = getattr(
+            local: Tensor = getattr(
                 parameter, "ds_tensor", parameter.data
             )  # ZeRO-3: this rank's part
-            if here.is_floating_point() and not (kept and kept.search(name)):
-                here.copy_(here.to(dtype))
+            if local.is_floating_point() and not (float32_names and float32_names.search(name)):
+                local.copy_(local.to(dtype))
     return model
 
 
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the weights that are not trained, as `cast_weights` does."""
-    kept = kept_in_float32(model, dtype)
+    float32_names = kept_in_float32(model, dtype)
     for name, parameter in model.named_parameters():
         frozen = not parameter.requires_grad and parameter.is_floating_point()
-        if frozen and not (kept and kept.search(name)):
+        if frozen and not (float32_names and float32_names.search(name)):
             parameter.data = parameter.data.to(dtype)
 
 

@@ -17,7 +17,7 @@ from rpo_trainer.models.multimodal import (
     random_model,
     require_text_forward,
 )
-from rpo_trainer.models.sharding import loading_whole
+from rpo_trainer.models.sharding import loading_unsharded
 from rpo_trainer.runtime.file_errors import device_failed, require_sizes
 
 NEEDED = "nothing can be trained or measured without it"
@@ -89,7 +89,7 @@ def make_random_model(
     set_seed(seed)
     factory = auto_class(config, reward=False, where="model.from_config")
     try:
-        with loading_whole():  # sharded, each rank would draw different numbers
+        with loading_unsharded():  # sharded, each rank would draw different numbers
             model = random_model(factory, config, dtype=torch.float32)
             model = cast_weights(model, dtype)
     except (*_CONFIGURATION_ERRORS, RuntimeError) as error:

@@ -26,7 +26,7 @@ from rpo_trainer.models.saved_files import (
     read_generation,
     remember_processor,
 )
-from rpo_trainer.models.sharding import loading_whole, whole_on_every_rank
+from rpo_trainer.models.sharding import is_replicated, loading_unsharded
 from rpo_trainer.models.weight_files import has_weights, local_folder, stored_tensors
 from rpo_trainer.runtime.distributed import is_main
 
@@ -51,14 +51,14 @@ def load_pretrained(
 
     A tokenizer without a chat template gets that of its processor's `chat_template.json`.
     """
-    made = factory.from_pretrained(source, trust_remote_code=trust_remote_code, **settings)
-    if factory is AutoTokenizer and not made.chat_template:
-        made.chat_template = processor_template(
+    loaded = factory.from_pretrained(source, trust_remote_code=trust_remote_code, **settings)
+    if factory is AutoTokenizer and not loaded.chat_template:
+        loaded.chat_template = processor_template(
             source,
             revision=settings.get("revision"),
             local_files_only=bool(settings.get("local_files_only")),
         )
-    return made
+    return loaded
 
 
 def load_complete(
@@ -92,7 +92,7 @@ def load_complete(
             raise
         raise _other_tensors(error, where) from error
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise _adapter_there(where, beside=False)
+        raise _adapter_in_directory(where, with_model=False)
     _keep_used_conversions(model)
     folder = local_folder(source, settings.get("revision"))
     _require_complete(
@@ -118,7 +118,7 @@ def _keep_used_conversions(model: Any) -> None:
 def _complete_multimodal(
     model: Any, source: str | Path, settings: Mapping[str, Any], where: str
 ) -> None:
-    if settings.get("quantization_config") is None and whole_on_every_rank(model):
+    if settings.get("quantization_config") is None and is_replicated(model):
         require_text_forward(model, where)
     files = processor_files(
         source,
@@ -144,17 +144,17 @@ def refuse_adapter(where: str) -> None:
     """Raise ModelError if a directory holds a PEFT adapter, alone or next to a model."""
     folder = Path(where)
     if (folder / ADAPTER_CONFIG).is_file():
-        raise _adapter_there(where, beside=has_weights(folder))
+        raise _adapter_in_directory(where, with_model=has_weights(folder))
 
 
-def _adapter_there(where: str, *, beside: bool) -> ModelError:
+def _adapter_in_directory(where: str, *, with_model: bool) -> ModelError:
     return ModelError(
-        f"this directory holds a PEFT adapter{' next to a model' if beside else ', not a full model'}",
+        f"this directory holds a PEFT adapter{' next to a model' if with_model else ', not a full model'}",
         code="model.adapter-in-directory",
         where=where,
         why="it is not clear whether to merge it, to train it further or to ignore it",
         fix="move the adapter to a separate directory"
-        if beside
+        if with_model
         else "load its base, then PeftModel.from_pretrained(base, directory, is_trainable=True), and pass "
         "the wrapped model; in a recipe, name the adapter's directory as `init` of a stage",
     )
@@ -167,26 +167,26 @@ def _require_complete(
     headers: Callable[[], dict[str, tuple[str, list[int]]]],
 ) -> None:
     """Raise ModelError if transformers' loading report is not empty."""
-    lacking = {
+    differences = {
         "missing": sorted(info["missing_keys"]),
         "of another shape": sorted(str(key[0]) for key in info["mismatched_keys"]),
     }
     more = _left_over(model, info["unexpected_keys"], headers)
-    found = {**lacking, "unknown": more}
-    if not any(found.values()):
+    by_kind = {**differences, "unknown": more}
+    if not any(by_kind.values()):
         return
-    parts = [f"{what}: {_named(names)}" for what, names in found.items() if names]
+    parts = [f"{what}: {_named(names)}" for what, names in by_kind.items() if names]
     raise ModelError(
         f"the model's files do not match a {type(model).__name__}: {'; '.join(parts)}",
         code="model.tensor-mismatch",
         details={
-            "missing": lacking["missing"],
-            "other_shape": lacking["of another shape"],
+            "missing": differences["missing"],
+            "other_shape": differences["of another shape"],
             "unknown": more,
         },
         where=where,
         why="transformers would initialize missing tensors at random and ignore the others"
-        if any(lacking.values())
+        if any(differences.values())
         else "the files hold more than this model, such as other parts of a composite model, which would "
         "be ignored and not saved",
         fix=_FIX,
@@ -256,7 +256,7 @@ def loading_report(
         for name, (_, shape) in stored_tensors(folder, config).items()
     }
     try:
-        with loading_whole(), quiet_loading():
+        with loading_unsharded(), quiet_loading():
             kind = factory
             if not hasattr(factory, "config_class"):
                 with torch.device("meta"):

@@ -66,10 +66,10 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
     template = spec.chat_template
     if template is not None and (path := base_dir / Path(template).expanduser()).is_file():
         template = str(path)
-    made = set_chat_template(tokenizer, template)
-    check_kwargs(spec.chat_template_kwargs, made, f"model.{COLUMN}")
-    made("a")  # raises here if its settings prevent tokenization
-    if made.eos_token_id is None:
+    templated = set_chat_template(tokenizer, template)
+    check_kwargs(spec.chat_template_kwargs, templated, f"model.{COLUMN}")
+    templated("a")  # raises here if its settings prevent tokenization
+    if templated.eos_token_id is None:
         raise ModelError(
             "the tokenizer has no end token",
             code="tokenizer.no-end-token",
@@ -77,7 +77,7 @@ def load_tokenizer(spec: ModelSpec, base_dir: Path) -> PreTrainedTokenizerBase:
             why="without one, the end of a response can neither be trained nor recognized in sampling",
             fix="set eos_token in tokenizer_config.json",
         )
-    return made
+    return templated
 
 
 @reads("the model", lambda spec, *_, **__: f"model: {spec.name_or_path}")
@@ -190,18 +190,18 @@ def load_model_named(
         ModelError: it cannot be loaded completely, from safetensors and without remote code.
     """
     refuse_adapter(name)
-    given = dict(settings or {})
-    offline = _offline(name, "model", given)
+    arguments = dict(settings or {})
+    offline = _offline(name, "model", arguments)
     try:
-        source = {key: given[key] for key in _OF_A_REPOSITORY if key in given}
+        source = {key: arguments[key] for key in _OF_A_REPOSITORY if key in arguments}
         config = load_pretrained(AutoConfig, name, **source)
         _refuse_kernel(config, name)
         factory = auto_class(config, reward=reward, where=name)
-        older = given.pop("torch_dtype", None)
-        chosen = given.pop("dtype", None) or older or dtype
-        model: PreTrainedModel = load_complete(factory, name, dtype=chosen, **given)
+        older = arguments.pop("torch_dtype", None)
+        chosen = arguments.pop("dtype", None) or older or dtype
+        model: PreTrainedModel = load_complete(factory, name, dtype=chosen, **arguments)
     except LOADING_ERRORS as error:
-        cache_dir = given.get("cache_dir")
+        cache_dir = arguments.get("cache_dir")
         raise _not_loaded("model", error, name, offline=offline, cache_dir=cache_dir) from error
     model._rpo_complete = True  # type: ignore[assignment]
     return model
@@ -343,7 +343,7 @@ def _load(
     known = _is_available(name, local, base_dir, what, f"model: {name}", revision=revision)
     load = load_complete if what == "model" else load_pretrained
     try:
-        made = load(
+        loaded = load(
             factory,
             where,
             revision=revision,
@@ -352,8 +352,8 @@ def _load(
             **settings,
         )
         if factory is AutoConfig and not spec.trust_remote_code:
-            _refuse_kernel(made, f"model: {name}")
-        return made
+            _refuse_kernel(loaded, f"model: {name}")
+        return loaded
     except ModelError as error:
         raise error.at(f"model: {name}") from None
     except LOADING_ERRORS as error:

@@ -110,7 +110,7 @@ def language_model_class(config: Any, where: str) -> Any:
     )
 
 
-def whole_config(model: Any) -> Any:
+def composite_config(model: Any) -> Any:
     """Return the composite configuration that lets an Auto class load a text part; None if not needed."""
     config, name = model.config, type(model).__name__
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or is_multimodal(config):
@@ -241,8 +241,8 @@ def text_decoder(model: Any) -> Any:
 
 def decoder_of(model: Any) -> Any:
     """Return the module that computes the hidden states of a language model or sequence classifier."""
-    whole = type(model).__name__.endswith(CLASSIFIER) and not is_composite(model.config)
-    return model.base_model if whole else text_decoder(model)
+    plain_classifier = type(model).__name__.endswith(CLASSIFIER) and not is_composite(model.config)
+    return model.base_model if plain_classifier else text_decoder(model)
 
 
 def tower_parameters(model: Any) -> dict[str, nn.Parameter]:
@@ -253,14 +253,16 @@ def tower_parameters(model: Any) -> dict[str, nn.Parameter]:
     """
     decoder, head = text_decoder(model), model.get_output_embeddings()
     unused = list(_cross_attention(model, decoder))
-    kept: list[nn.Module] = [model]
+    text_parts: list[nn.Module] = [model]
     if is_multimodal(model.config):
         score = getattr(model, "score", None)  # of a classifier
-        kept = [p for p in (decoder, model.get_input_embeddings(), head, score) if p is not None]
+        text_parts = [
+            p for p in (decoder, model.get_input_embeddings(), head, score) if p is not None
+        ]
         if not is_composite(model.config):  # its decoder holds the towers
             unused += _of_other_configs(decoder)
     not_used = {id(p) for part in unused for p in part.parameters()}
-    used = {id(p) for part in kept for p in part.parameters()} - not_used
+    used = {id(p) for part in text_parts for p in part.parameters()} - not_used
     return {name: p for name, p in model.named_parameters() if id(p) not in used}
 
 
@@ -345,12 +347,12 @@ def without_towers(model: Any, config: PeftConfig) -> PeftConfig:
     if not names or not hasattr(config, "exclude_modules"):
         return config
     changed: Any = copy.deepcopy(config)
-    given = config.exclude_modules
-    mine = "|".join(re.escape(name) for name in names)
-    patterns = [rf"(?:{mine})(?:\..*)?"]
-    if isinstance(given, str):
-        patterns.insert(0, given)
-    elif given:
-        patterns.insert(0, rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(given)))})")
+    existing = config.exclude_modules
+    towers = "|".join(re.escape(name) for name in names)
+    patterns = [rf"(?:{towers})(?:\..*)?"]
+    if isinstance(existing, str):
+        patterns.insert(0, existing)
+    elif existing:
+        patterns.insert(0, rf"(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(existing)))})")
     changed.exclude_modules = "|".join(f"(?:{pattern})" for pattern in patterns)
     return changed  # type: ignore[no-any-return]

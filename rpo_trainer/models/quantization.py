@@ -58,5 +58,5 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     """Dequantize a 4-bit model to float32; other models are returned unchanged."""
     if getattr(model, "hf_quantizer", None) is None:
         return model
-    whole: Any = model.dequantize(torch.float32)  # type: ignore[no-untyped-call]
-    return whole  # type: ignore[no-any-return]
+    full: Any = model.dequantize(torch.float32)  # type: ignore[no-untyped-call]
+    return full  # type: ignore[no-any-return]

@@ -24,7 +24,7 @@ from rpo_trainer.attributes import resolve_weights
 from rpo_trainer.data import end_token_ids
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.multimodal import is_composite, text_decoder
-from rpo_trainer.models.sharding import loading_whole
+from rpo_trainer.models.sharding import loading_unsharded
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
 
 if TYPE_CHECKING:
@@ -105,8 +105,8 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
     config.num_labels = len(names)
     try:
         # The decoder exists already; its placeholder must not be distributed to the ranks.
-        with loading_whole(), init_empty_weights(include_buffers=False):
-            made = factory.from_config(config, trust_remote_code=False)
+        with loading_unsharded(), init_empty_weights(include_buffers=False):
+            classifier = factory.from_config(config, trust_remote_code=False)
     except ValueError as error:
         raise ModelError(
             f"transformers has no sequence classifier for {config.model_type} models",
@@ -115,10 +115,10 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
             fix="use a model of another family",
         ) from error
     parameter = next(decoder.parameters())
-    setattr(made, made.base_model_prefix, decoder)
+    setattr(classifier, classifier.base_model_prefix, decoder)
     missing = [
         name
-        for name, part in made.named_children()
+        for name, part in classifier.named_children()
         if part is not decoder and any(True for _ in part.parameters())
     ]
     if missing != ["score"]:
@@ -128,17 +128,17 @@ def _with_head(model: Any, names: Sequence[str], seed: int) -> Any:
             why=f"the language model has no weights for {', '.join(missing)}",
             fix="use a model of another family",
         )
-    made.score.to_empty(device=parameter.device).to(parameter.dtype)
+    classifier.score.to_empty(device=parameter.device).to(parameter.dtype)
     set_seed(seed)
-    for weights in made.score.parameters():
+    for weights in classifier.score.parameters():
         nn.init.normal_(weights, std=getattr(config.get_text_config(), "initializer_range", 0.02))
-    made.name_or_path = source.name_or_path
-    made._rpo_made = tuple(f"score.{name}" for name, _ in made.score.named_parameters())
+    classifier.name_or_path = source.name_or_path
+    classifier._rpo_made = tuple(f"score.{name}" for name, _ in classifier.score.named_parameters())
     if hasattr(source, "_rpo_complete"):
-        made._rpo_complete = source._rpo_complete
-    made._rpo_text_part = text_part
-    made.train(source.training)
-    return made
+        classifier._rpo_complete = source._rpo_complete
+    classifier._rpo_text_part = text_part
+    classifier.train(source.training)
+    return classifier
 
 
 def with_pad_token(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> PreTrainedTokenizerBase:

@@ -22,7 +22,7 @@ from transformers.utils import (
 from transformers.utils.hub import cached_file
 
 from rpo_trainer.errors import ModelError, RunError, first_line
-from rpo_trainer.models.multimodal import is_multimodal, whole_config
+from rpo_trainer.models.multimodal import composite_config, is_multimodal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -389,18 +389,18 @@ def _file_of(
 
 
 def remember_processor(model: Any, files: Mapping[str, bytes]) -> None:
-    """Attach the processor's files to a model for `write_beside`."""
+    """Attach the processor's files to a model for `write_auto_class_files`."""
     model._rpo_processor_files = dict(files)
 
 
-def write_beside(model: Any, folder: Path) -> None:
+def write_auto_class_files(model: Any, folder: Path) -> None:
     """Add the files that Auto classes need to a model saved by `save_pretrained`.
 
     A multimodal model gets the processor's files of its source: attached by the loader, or from that
     directory or the hub's cache. A text part whose configuration has no Auto class (Emu3, Mllama) gets the
     composite configuration.
     """
-    if (config := whole_config(model)) is not None:
+    if (config := composite_config(model)) is not None:
         config.save_pretrained(folder)
     if not is_multimodal(model.config):
         return

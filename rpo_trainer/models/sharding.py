@@ -14,7 +14,7 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 from rpo_trainer.runtime import distributed
 
 
-def whole_on_every_rank(model: nn.Module) -> bool:
+def is_replicated(model: nn.Module) -> bool:
     """Return False if weights are sharded, or on one rank only until the model is wrapped."""
     if is_fsdp_enabled():  # despite its name: whether memory-saving loading is on
         return False
@@ -46,7 +46,7 @@ def num_rows(weight: Any) -> int:
 
 
 @contextmanager
-def whole(tensor: Any) -> Iterator[Tensor]:
+def gathered(tensor: Any) -> Iterator[Tensor]:
     """Gather a parameter; all ranks must call it."""
     if hasattr(tensor, "full_tensor"):
         yield tensor.detach().full_tensor()
@@ -60,7 +60,7 @@ def whole(tensor: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def loading_whole() -> Iterator[None]:
+def loading_unsharded() -> Iterator[None]:
     """Load models inside with all weights on every rank, regardless of the engine."""
     from transformers.integrations import deepspeed as integration
 
@@ -117,5 +117,5 @@ def _full_precision(tensor: Any) -> Tensor:
         full = safe_get_full_fp32_param(tensor)
         if full is not None:
             return full  # type: ignore[no-any-return]
-    with whole(tensor) as full:
+    with gathered(tensor) as full:
         return full.clone()

@@ -27,7 +27,7 @@ from rpo_trainer.stages.output_dtype import (
     most_exact,
     needs_exact,
     output_dtype,
-    saves_whole,
+    saves_full_model,
 )
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.settings import lora_config
@@ -55,15 +55,15 @@ def stage_disk(
     dtype = output_dtype(preparer, stage)
     delivered = parameters * dtype.itemsize // 4
     parts = {"output": delivered}
-    whole = saves_whole(stage) or (spec is not None and bool(spec.merge))
+    full_model = saves_full_model(stage) or (spec is not None and bool(spec.merge))
     if spec is not None:
-        parts["output"] = trained + (delivered if whole else 0)
+        parts["output"] = trained + (delivered if full_model else 0)
     if needs_exact(preparer, stage):
         parts[EXACT] = parameters
     if stage.save_steps:
         parts[SAVING] = (parameters if spec is None else trained) + optimizer
         parts["checkpoints"] = parts[SAVING] * stage.save_total_limit
-    if whole and dtype != torch.float32 and EXACT not in parts:  # the copy that is cast
+    if full_model and dtype != torch.float32 and EXACT not in parts:  # the copy that is cast
         parts[SAVING] = max(parts.get(SAVING, 0), parameters)
     if stage.needs_reference:
         parts["reference cache"] = responses * _CELL
@@ -80,9 +80,11 @@ def together(stages: Mapping[str, Mapping[str, int]], until: Mapping[str, str]) 
         until: see `exact_until`.
     """
     momentary = (SAVING, EXACT)
-    kept = sum(n for parts in stages.values() for name, n in parts.items() if name not in momentary)
+    permanent = sum(
+        n for parts in stages.values() for name, n in parts.items() if name not in momentary
+    )
     exact = most_exact([(name, parts.get(EXACT, 0)) for name, parts in stages.items()], until)
-    return kept + exact + max((parts.get(SAVING, 0) for parts in stages.values()), default=0)
+    return permanent + exact + max((parts.get(SAVING, 0) for parts in stages.values()), default=0)
 
 
 def unread_model(preparer: StagePreparer, stage: Stage, dtype: torch.dtype) -> nn.Module:
@@ -180,10 +182,10 @@ def _state(model: nn.Module, stage: Stage) -> int:
 
 def raise_if_refused(error: Exception, run_dir: Path) -> None:
     """Raise RunError if an error comes from the file system: a full disk, missing permissions."""
-    said = refusal(error)
-    if said is not None:
+    message = refusal(error)
+    if message is not None:
         raise RunError(
-            f"file system error: {said}",
+            f"file system error: {message}",
             code="run.file-system",
             where=str(getattr(error, "filename", None) or run_dir),
             why="finished stages and complete checkpoints are kept",

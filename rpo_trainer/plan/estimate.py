@@ -208,8 +208,8 @@ class _Planner:
         spec = sampling_spec(stage.data, self.preparer.stages).generate
         assert spec is not None
         pairs = stage.data.pairs is None or stage.data.pairs.select != "all_responses"
-        whole = spec.responses * (len(spec.policies) + len(spec.endpoints))
-        count = 2 if pairs else whole + spec.with_ground_truth
+        sampled = spec.responses * (len(spec.policies) + len(spec.endpoints))
+        count = 2 if pairs else sampled + spec.with_ground_truth
         response = [0] * spec.max_new_tokens
         mask = [1] * spec.max_new_tokens
         return Examples(

@@ -141,7 +141,7 @@ def _split(data: Mapping[str, Any], override: Override) -> list[str]:
 
 
 def _index(here: Any, parts: Sequence[str], depth: int, override: Override) -> str | int:
-    """Return the key or index that `parts[depth]` stands for in `here`."""
+    """Return the key or index that `parts[depth]` denotes in `here`."""
     part, place = parts[depth], ".".join(parts[:depth])
     if isinstance(here, dict):
         return part

@@ -71,7 +71,7 @@ class AuditView:
         """
         if self.dropped:
             yield self._dropped(what, sampled)
-        whole = self.kept or self.rows
+        total = self.kept or self.rows
         rows = {reason.key: reason.rows for reason in self.noticed}
         if self.pairs and self.ties > MANY_TIED * self.pairs and not self._drops("tie"):
             yield Concern(
@@ -95,15 +95,16 @@ class AuditView:
                 "earlier prompt",
                 "Set `dedup: exact` or `dedup: normalized` to keep only the first row of each prompt.",
             )
-        if whole and (cut := rows.get("truncated", 0)) > MANY_CUT * whole:
+        if total and (truncated := rows.get("truncated", 0)) > MANY_CUT * total:
             yield Concern(
                 "truncated",
-                f"{percent(cut, whole)} of {what} ({cut:,} of {whole:,}) are truncated to max_length",
+                f"{percent(truncated, total)} of {what} ({truncated:,} of {total:,}) are truncated to "
+                "max_length",
                 "Raise max_length: a truncated response has no end token.",
             )
         for reason in self.noticed:
             left_out = reason.key not in _COUNTED_ELSEWHERE
-            among = reason.of or whole
+            among = reason.of or total
             if among and left_out and reason.rows > MANY_UNREAD * among:
                 yield Concern(
                     "noticed",

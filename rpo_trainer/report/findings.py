@@ -126,7 +126,7 @@ def _wins(stage: StageResults) -> Iterator[Finding]:
         yield Finding(stage.name, "wins-unclear", "info", f"{text} This may be noise.")
 
 
-def whole_change(run: RunResults) -> str:
+def overall_change(run: RunResults) -> str:
     """Return a sentence about the main figure from the first preference stage to the last stage."""
     first = next((stage for stage in run.stages if stage.is_preference), None)
     base = run.seed(first) if first is not None else None

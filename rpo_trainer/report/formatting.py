@@ -22,12 +22,12 @@ def duration(seconds: float | None) -> str:
     """Format seconds as `42 s`, `3:20 min` or `5:07 h`."""
     if seconds is None:
         return "–"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60}:{whole % 60:02d} min"
-    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60}:{rounded % 60:02d} min"
+    return f"{rounded // 3600}:{rounded % 3600 // 60:02d} h"
 
 
 def size(number_of_bytes: int | None) -> str:

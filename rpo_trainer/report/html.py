@@ -96,17 +96,17 @@ def render(run: RunResults, run_dir: Path) -> str:
 
 def environment(run_dir: Path) -> jinja2.Environment:
     """Return the templates, with the filters `short`, `svg` and `path` (without absolute paths)."""
-    made = jinja2.Environment(
+    templates = jinja2.Environment(
         loader=jinja2.PackageLoader("rpo_trainer.report", "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(
+    templates.filters.update(
         short=short, svg=_svg, path=lambda text: without_absolute_paths(str(text), run_dir)
     )
-    return made
+    return templates
 
 
 def now() -> str:

@@ -192,7 +192,7 @@ def bars(
     unit: str,
     *,
     counted: str,
-    whole: bool = False,
+    integers: bool = False,
 ) -> Plot | None:
     """Plot overlaid histograms with common bins; None without values.
 
@@ -200,18 +200,18 @@ def bars(
         series: (label, values, color).
         unit: label of the x axis.
         counted: what is counted: the label of the y axis.
-        whole: the values are integers, so that the bins have integer widths.
+        integers: the values are integers, so that the bins have integer widths.
     """
-    values = [value for _, found, _ in series for value in found]
+    values = [value for _, points, _ in series for value in points]
     if not values:
         return None
-    bins = bin_edges(min(values), max(values), whole=whole)
+    bins = bin_edges(min(values), max(values), integers=integers)
 
     def draw(axes: Axes) -> None:
-        for label, found, color in series:
+        for label, points, color in series:
             # A fraction of each series, so that series of different sizes compare.
-            weights = [1 / len(found)] * len(found)
-            axes.hist(found, bins=bins, weights=weights, color=color, alpha=0.5, label=label)
+            weights = [1 / len(points)] * len(points)
+            axes.hist(points, bins=bins, weights=weights, color=color, alpha=0.5, label=label)
         axes.set_xlabel(unit)
         axes.set_ylabel(f"fraction of {counted}")
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -219,16 +219,16 @@ def bars(
             legend_above(axes)
 
     means = ", ".join(
-        f"{label}: mean {sum(found) / len(found):.3g}" for label, found, _ in series if found
+        f"{label}: mean {sum(points) / len(points):.3g}" for label, points, _ in series if points
     )
     return draw_plot(key, title, draw, alt=f"{title}. {means}")
 
 
-def bin_edges(low: float, high: float, *, whole: bool) -> list[float]:
-    """Return the bin edges of a histogram; with `whole`, bins of integer width around integers."""
+def bin_edges(low: float, high: float, *, integers: bool) -> list[float]:
+    """Return the bin edges of a histogram; with `integers`, bins of integer width around integers."""
     if low == high:
         return [low - 0.5, low + 0.5]
-    if whole:
+    if integers:
         width = max(1, math.ceil((high - low + 1) / _BINS))
         count = math.ceil((high - low + 1) / width)
         return [low - 0.5 + width * place for place in range(count + 1)]

@@ -80,10 +80,10 @@ class EvalScores:
 
     def compares(self, other: EvalScores) -> bool:
         """Whether both have the same main figure, measured with the same prompts, sampling and scorer."""
-        mine, theirs = self.main(), other.main()
-        if mine is None or theirs is None:
+        figure, other_figure = self.main(), other.main()
+        if figure is None or other_figure is None:
             return False
-        return mine[0] == theirs[0] and self.measure == other.measure
+        return figure[0] == other_figure[0] and self.measure == other.measure
 
     def main(self) -> tuple[str, Measure] | None:
         """Return the first measured figure of MAIN_FIGURES, with its key."""

@@ -60,7 +60,7 @@ def distribution_plots(run: RunResults, stage: StageResults) -> list[Plot]:
         ) if any(label == "after" for label, _, _ in rewards) else None,
         bars(
             f"{stage.name}-lengths", "lengths of held-out responses", tokens, "tokens",
-            counted="responses", whole=True,
+            counted="responses", integers=True,
         ) if any(label == "after" for label, _, _ in tokens) else None,
         bars(
             f"{stage.name}-kl", f"KL from {stage.scores.baseline}, per response", ratios,

@@ -13,7 +13,7 @@ from rpo_trainer.report.findings import (
     Level,
     judge_likelihood,
     judge_outcome,
-    whole_change,
+    overall_change,
 )
 from rpo_trainer.report.formatting import short
 
@@ -349,4 +349,4 @@ def _headline(run: RunResults) -> str:
         if run.finished
         else f"The chain is not finished: {done} of {len(run.stages)} stage{plural} done."
     )
-    return text + whole_change(run)
+    return text + overall_change(run)

@@ -69,9 +69,9 @@ def _locked_by_ranks(out: Path, ranks: Ranks) -> Iterator[None]:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    made: list[Path] = []
+    created: list[Path] = []
     try:
-        made = make_folder(out.parent)
+        created = make_folder(out.parent)
         lock = FileLock(out.with_name(f".{out.name}.lock"))
         lock.acquire(timeout=0)
     except Timeout:
@@ -83,7 +83,7 @@ def _locked(out: Path) -> Iterator[None]:
             fix="wait until it ends, or stop it",
         ) from None
     except OSError as error:
-        remove_empty(made)
+        remove_empty(created)
         raise RunError(
             f"the output cannot be written: {error.strerror or error}",
             code="output.not-writable",
@@ -96,7 +96,7 @@ def _locked(out: Path) -> Iterator[None]:
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-        remove_empty(made)  # if nothing was written
+        remove_empty(created)  # if nothing was written
 
 
 def _finished(out: Path, key: str, *, overwrite: bool) -> bool:
@@ -268,13 +268,13 @@ def generate_file(
                 if ranks.rank() == 0:
                     for name in spec.policies:
                         _audit_template(rows, name, chat_template, source)
-            made = sample_rows(
+            sampled = sample_rows(
                 out, rows, policies, spec, seed=seed, ranks=ranks,
-                then=lambda made: _report(out, key, len(made), settings),
+                then=lambda sampled: _report(out, key, len(sampled), settings),
             )  # fmt: skip
-    count = sum(len(row["responses"]) for row in made)
-    cut = sum(not flag for row in made for flag in row["finished"])
-    line = f"{count} responses to {len(made)} prompts, {cut} truncated by max_new_tokens: {out}"
+    count = sum(len(row["responses"]) for row in sampled)
+    truncated = sum(not flag for row in sampled for flag in row["finished"])
+    line = f"{count} responses to {len(sampled)} prompts, {truncated} truncated by max_new_tokens: {out}"
     return _on_first_rank(ranks, [line])
 
 
@@ -352,10 +352,10 @@ def pairs_file(
             + ("" if out.is_dir() else ", or replace this one with --overwrite"),
         )
     rows, audit = read_pairs(source, keep_all=True)
-    made = make_preference_rows(rows, **pairs_arguments(spec), seed=seed, audit=audit)
-    made = filter_rows(made, filter, audit) if made else made
-    audit.observe_pairs(made)
-    if not made:
+    preferences = make_preference_rows(rows, **pairs_arguments(spec), seed=seed, audit=audit)
+    preferences = filter_rows(preferences, filter, audit) if preferences else preferences
+    audit.observe_pairs(preferences)
+    if not preferences:
         raise DataError(
             "no rows are left",
             code="data.no-rows-left",
@@ -363,11 +363,13 @@ def pairs_file(
             why="; ".join(audit.summary_lines()),
             fix="lower --min-gap and the thresholds, or use other rows",
         )
-    write_rows(out, written_pairs(made))
+    write_rows(out, written_pairs(preferences))
     lines = audit.summary_lines()
-    if gaps := sorted(row["rewards"][0] - row["rewards"][-1] for row in made if row["rewards"]):
+    if gaps := sorted(
+        row["rewards"][0] - row["rewards"][-1] for row in preferences if row["rewards"]
+    ):
         lines.append(f"reward gaps: {len(gaps)} rows{_spread(gaps)}")
-    return [*lines, f"{len(made)} rows: {out}"]
+    return [*lines, f"{len(preferences)} rows: {out}"]
 
 
 def calibrate_file(

@@ -57,7 +57,7 @@ class Endpoint:
         register(key)
         # All secrets that this server receives, which its answers may contain.
         self._sent = [each for each in (key,) if each and len(each) >= 8] + register_url(spec.url)
-        self._told = False
+        self._key_warned = False
         self.client = _client(spec, key, self._clean)
 
     def ask(self, send: Callable[[OpenAI], Any], read: Callable[[Any], T]) -> T:
@@ -152,19 +152,19 @@ class Endpoint:
         """Remove the key from the bytes of an answer."""
         clean = hide(content.decode("latin-1"), self._sent).encode("latin-1")
         if clean != content:
-            self._tell()
+            self._warn_once_about_key()
         return clean
 
-    def _without_key(self, found: T) -> T:
+    def _without_key(self, content: T) -> T:
         """Remove the key from parsed content: escapes in JSON can hide it from `_clean`."""
-        clean = _hide_in(found, self._sent) if self._sent else found
-        if clean != found:
-            self._tell()
+        clean = _hide_in(content, self._sent) if self._sent else content
+        if clean != content:
+            self._warn_once_about_key()
         return clean
 
-    def _tell(self) -> None:
-        if not self._told:
-            self._told = True
+    def _warn_once_about_key(self) -> None:
+        if not self._key_warned:
+            self._key_warned = True
             logger.warning(
                 "%s returns the API key in its answers; it is replaced by [redacted] in the rows",
                 self.spec.url,
@@ -176,11 +176,11 @@ class Endpoint:
 
     def chat(self, messages: Sequence[Message], read: Callable[[Any], T], **options: Any) -> T:
         """Send a request for one chat completion, like `ask`."""
-        given: Any = list(messages)
+        message_list: Any = list(messages)
         return self.ask(
             lambda client: client.chat.completions.create(
                 model=self.spec.model,
-                messages=given,
+                messages=message_list,
                 **options,
             ),
             read,

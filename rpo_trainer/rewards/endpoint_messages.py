@@ -67,10 +67,10 @@ def template_options(spec: EndpointSpec, row: Row | None) -> dict[str, Any]:
         spec: the endpoint, whose own variables take precedence.
         row: its variables are sent if the endpoint has none; None: no row.
     """
-    given = spec.chat_template_kwargs
-    if given is None:
-        given = row.get(COLUMN) if row is not None else None
-    return {"extra_body": {COLUMN: dict(given)}} if given else {}
+    kwargs = spec.chat_template_kwargs
+    if kwargs is None:
+        kwargs = row.get(COLUMN) if row is not None else None
+    return {"extra_body": {COLUMN: dict(kwargs)}} if kwargs else {}
 
 
 def prompt_text(row: Row) -> str:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from rpo_trainer.data.rows import MOST_REWARD, is_cut, response_key
+from rpo_trainer.data.rows import MOST_REWARD, is_truncated, response_key
 from rpo_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def make_preference_rows(
     ranked = bool(rows) and all(_is_ranked(row) for row in rows)
     if not ranked:
         _check_rewards(rows)
-    made: list[dict[str, Any]] = []
+    preferences: list[dict[str, Any]] = []
     for row in rows:
         responses, truth_first = _in_order(_distinct(row, ranked, audit), row, chosen)
         if chosen == "ground_truth" and row.get("ground_truth") and not truth_first:
@@ -72,19 +72,19 @@ def make_preference_rows(
             continue
         margin = 0.0 if ranked else min_gap
         reasons: dict[str, None] = {}
-        kept = []
+        selected = []
         for candidate in _candidates(responses, select, row, seed):
             reason = _reason_to_drop(candidate, margin, ties)
             if reason is None:
-                kept.append(candidate)
+                selected.append(candidate)
             reasons[reason or ""] = None
-        if select != "all_pairs" or not kept:
+        if select != "all_pairs" or not selected:
             for reason in [r for r in reasons if r][:1]:
                 audit.drop(reason, str(row["id"]))
-        for number, candidate in enumerate(kept, start=1):
+        for number, candidate in enumerate(selected, start=1):
             new_id = f"{row['id']}/{number}" if select == "all_pairs" else row["id"]
-            made.append(_preference_row(row, new_id, candidate, ranked, truth_first))
-    return made
+            preferences.append(_preference_row(row, new_id, candidate, ranked, truth_first))
+    return preferences
 
 
 def pairs_arguments(spec: PairsSpec | None) -> dict[str, Any]:
@@ -101,19 +101,19 @@ def _distinct(row: dict[str, Any], ranked: bool, audit: Audit) -> list[Scored]:
         for number, (text, reward) in enumerate(zip(texts, rewards, strict=True))
         if reward is not None
     ]
-    said = [scored for scored in decided if scored.text.strip()]
-    found: dict[str, Scored] = {}
+    nonblank = [scored for scored in decided if scored.text.strip()]
+    distinct: dict[str, Scored] = {}
     # Responses that differ in thinking are distinct, and so are a truncated and a complete one.
-    for scored in said:
-        found.setdefault(response_key(row, scored.number), scored)
+    for scored in nonblank:
+        distinct.setdefault(response_key(row, scored.number), scored)
     for left, before, warning in (
         (decided, texts, "undecided_responses_removed"),
-        (said, decided, "blank_responses_removed"),
-        (found, said, "duplicate_responses_removed"),
+        (nonblank, decided, "blank_responses_removed"),
+        (distinct, nonblank, "duplicate_responses_removed"),
     ):
         if len(left) < len(before):
             audit.warn(warning, str(row["id"]))
-    return list(found.values())
+    return list(distinct.values())
 
 
 def _in_order(
@@ -123,7 +123,7 @@ def _in_order(
     ordered = sorted(responses, key=lambda scored: -scored.reward)  # stable
     truth = str(row.get("ground_truth") or "").strip()
     found = [scored for scored in ordered if truth and scored.text.strip() == truth]
-    found.sort(key=lambda scored: is_cut(row, scored.number))  # complete ones first
+    found.sort(key=lambda scored: is_truncated(row, scored.number))  # complete ones first
     if chosen == "ground_truth" and found:
         ordered = [found[0], *(scored for scored in ordered if scored is not found[0])]
     return ordered, bool(found) and ordered[0] is found[0]

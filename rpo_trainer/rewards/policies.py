@@ -94,7 +94,7 @@ class LocalPolicy:
 
 
 class EndpointPolicy:
-    """A model behind an OpenAI-compatible endpoint; each response is one request with its own seed."""
+    """A model served by an OpenAI-compatible endpoint; each response is one request with its own seed."""
 
     def __init__(self, endpoint: EndpointSpec, spec: GenerateSpec, *, seed: int) -> None:
         self.name = endpoint.model
@@ -116,10 +116,12 @@ class EndpointPolicy:
         def make(index: int) -> dict[str, Any]:
             texts, finished = [], []
             for copy in range(self.spec.responses):
-                text, whole, beside = self._one(rows[index], f"{self.seed}:{keys[index]}:{copy}")
+                text, complete, discarded = self._one(
+                    rows[index], f"{self.seed}:{keys[index]}:{copy}"
+                )
                 texts.append(text)
-                finished.append(whole)
-                left_out.extend(filter(None, [beside]))
+                finished.append(complete)
+                left_out.extend(filter(None, [discarded]))
             return _fields(texts, finished)
 
         try:
@@ -164,9 +166,9 @@ def _response(answer: Any) -> tuple[str, bool, str]:
     text = choice.text if message is None else message.content
     if not isinstance(text, str):
         raise Unreadable("the endpoint returned a completion without text", code="endpoint.no-text")
-    found = [key for key in (*THINKING, "tool_calls") if not is_empty(getattr(message, key, None))]
-    beside = " and ".join(f"`{key}`" for key in found)
-    return encodable(text), choice.finish_reason != "length", beside
+    keys = [key for key in (*THINKING, "tool_calls") if not is_empty(getattr(message, key, None))]
+    discarded = " and ".join(f"`{key}`" for key in keys)
+    return encodable(text), choice.finish_reason != "length", discarded
 
 
 def _fields(texts: list[str], finished: list[bool]) -> dict[str, Any]:
@@ -244,15 +246,15 @@ def sample_rows(
                 for done in policy.sample(rows, own, names, shard):
                     yield Done(place * count + done.index, done.fields, done.failed)
 
-    def assemble(found: Sequence[dict[str, Any]]) -> list[Row]:
-        made = []
+    def assemble(results: Sequence[dict[str, Any]]) -> list[Row]:
+        sampled = []
         for index, row in enumerate(rows):
-            parts = [found[place * count + index] for place in range(len(policies))]
+            parts = [results[place * count + index] for place in range(len(policies))]
             names = [p.name for p in policies for _ in range(spec.responses)]
             if spec.with_ground_truth and row.get("ground_truth"):
                 parts.append(_fields([str(row["ground_truth"])], [True]))
                 names.append("ground_truth")
-            made.append(
+            sampled.append(
                 {
                     **row,
                     "responses": [text for part in parts for text in part["responses"]],
@@ -261,7 +263,7 @@ def sample_rows(
                     "sampling": {**sampling_settings(spec), "seed": seed},
                 }
             )
-        return made
+        return sampled
 
     ids = [str(row["id"]) for _ in policies for row in rows]
     key = content_key([policy.key for policy in policies], list(rows), seed, prefix)

@@ -17,7 +17,7 @@ from rpo_trainer.data.rows import (
     RowError,
     RowProblems,
     SpecialTokens,
-    fields_beside,
+    extra_message_fields,
     response_message,
 )
 from rpo_trainer.data.sources import RawSource, load_source
@@ -140,7 +140,7 @@ def _single(row: Row) -> Row:
             code="data.tool-call-response",
         )
     found = {**row, "prompt": messages[:last], "responses": [turn["content"]]}
-    if fields := fields_beside(turn):
+    if fields := extra_message_fields(turn):
         found["response_fields"] = [fields]
     return found
 
@@ -189,11 +189,11 @@ def written_pairs(rows: Sequence[Row]) -> list[Row]:
     """Return preference rows as pairs if all have two responses, else as K responses."""
     two = all(len(row["responses"]) == 2 for row in rows)
     ranked = all(row["rewards"] is None for row in rows)
-    made = [_pair(row) for row in rows] if two else [_responses(row) for row in rows]
+    written = [_pair(row) for row in rows] if two else [_responses(row) for row in rows]
     if ranked:
         absent = ("rewards", "chosen_reward", "rejected_reward")
-        made = [{k: v for k, v in row.items() if k not in absent} for row in made]
-    return made
+        written = [{k: v for k, v in row.items() if k not in absent} for row in written]
+    return written
 
 
 def read_pairs(source: SourceSpec, *, keep_all: bool = False) -> tuple[list[Row], Audit]:

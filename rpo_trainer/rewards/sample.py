@@ -185,7 +185,7 @@ def _generate(
             why="a response has at least an end token, and a batch at least one prompt",
             fix="set both to at least 1",
         )
-    asked = [
+    prompt_tokens = [
         _prompt_tokens(
             tokenizer,
             prompt,
@@ -196,7 +196,7 @@ def _generate(
         )
         for index, prompt in enumerate(prompts)
     ]
-    encoded = [each.ids for each in asked]
+    encoded = [each.ids for each in prompt_tokens]
     check_room(model.config, encoded, max_new_tokens)
     ends = _end_tokens(model, tokenizer, template_kwargs or ())
     config = _generation_config(tokenizer, ends, max_new_tokens)
@@ -219,7 +219,7 @@ def _generate(
         for place, index in enumerate(batch):
             if index in left:
                 own = rows[place * copies : (place + 1) * copies]
-                yield index, [reader.read(asked[index], row) for row in own]
+                yield index, [reader.read(prompt_tokens[index], row) for row in own]
     reader.warn()
 
 
@@ -277,8 +277,8 @@ def _prompt_tokens(
             why="the first token of a response is predicted from the last token of the prompt",
             fix="remove the row, or add text to its prompt",
         )
-    given = prompt if isinstance(prompt, str) else list(prompt)
-    return PromptTokens(given, ids, tools, parsed, template_kwargs)
+    copied = prompt if isinstance(prompt, str) else list(prompt)
+    return PromptTokens(copied, ids, tools, parsed, template_kwargs)
 
 
 def _end_tokens(

@@ -84,40 +84,40 @@ class ResponseReader:
         added = self.tokenizer.added_tokens_decoder.items()
         return frozenset(number for number, token in added if token.special)
 
-    def read(self, asked: PromptTokens, row: list[int]) -> Sample:
+    def read(self, prompt_tokens: PromptTokens, row: list[int]) -> Sample:
         """Convert `row`, the tokens sampled after a prompt, up to the end token or the limit.
 
         If no form reproduces the tokens, the result is the text without control tokens; for a truncated
         response, the form that reproduces the longest prefix.
         """
         stop = next((place for place, token in enumerate(row) if token in self.ends), None)
-        aside = self._special & {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
-        ids, finished = [token for token in row[:stop] if token not in aside], stop is not None
-        plain = self._text(asked, ids, skip=True)
+        ignored = self._special & {self.tokenizer.pad_token_id, self.tokenizer.bos_token_id}
+        ids, finished = [token for token in row[:stop] if token not in ignored], stop is not None
+        plain = self._text(prompt_tokens, ids, skip=True)
         special = not self._special.isdisjoint(ids)
-        if not special and (isinstance(asked.prompt, str) or is_blank(plain)):
+        if not special and (isinstance(prompt_tokens.prompt, str) or is_blank(plain)):
             return Sample(plain, finished)
         self.checked += 1
         second: str | None = None
-        kept, most = plain, 0
-        for text in self._forms(asked, ids, plain, special=special):
-            behind, trained = self._trained(asked, text, cut=not finished)
+        best, most = plain, 0
+        for text in self._forms(prompt_tokens, ids, plain, special=special):
+            same_prompt, trained = self._trained(prompt_tokens, text, truncated=not finished)
             if self._same(trained, ids):
-                if behind:
+                if same_prompt:
                     return Sample(text, finished)
                 second = text if second is None else second
             elif not finished and len(trained) > most and trained == ids[: len(trained)]:
-                kept, most = text, len(trained)
+                best, most = text, len(trained)
         if second is not None:  # training warns about the different prompt
             return Sample(second, finished)
         self.changed += 1
         if self.example is None:
-            _, trained = self._trained(asked, kept, cut=not finished)
+            _, trained = self._trained(prompt_tokens, best, truncated=not finished)
             self.example = (
                 self._decoded(row[: None if stop is None else stop + 1]),
                 self._decoded(trained),
             )
-        return Sample(kept, finished)
+        return Sample(best, finished)
 
     def warn(self) -> None:
         """Log one warning about responses whose trained text differs from the sampled one."""
@@ -131,27 +131,27 @@ class ResponseReader:
             )  # fmt: skip
 
     def _forms(
-        self, asked: PromptTokens, ids: list[int], plain: str, *, special: bool
+        self, prompt_tokens: PromptTokens, ids: list[int], plain: str, *, special: bool
     ) -> Iterator[str]:
-        raw = self._text(asked, ids, skip=False)
+        raw = self._text(prompt_tokens, ids, skip=False)
         if not special:
             yield plain
-        if asked.parsed:
+        if prompt_tokens.parsed:
             yield raw
-        if not isinstance(asked.prompt, str):
-            yield from self._inside(asked, raw)
+        if not isinstance(prompt_tokens.prompt, str):
+            yield from self._inside(prompt_tokens, raw)
         if special:
             yield raw
             yield plain
 
-    def _inside(self, asked: PromptTokens, raw: str) -> Iterator[str]:
+    def _inside(self, prompt_tokens: PromptTokens, raw: str) -> Iterator[str]:
         """Yield the text without what the template writes around it, thinking as `<think>` tags.
 
         Every template that renders thinking reads `<think>`, that of a reward model too.
         """
-        if asked.frames is None:
-            asked.frames = [*self._frames(asked)]
-        for lead, *inner, tail in asked.frames:
+        if prompt_tokens.frames is None:
+            prompt_tokens.frames = [*self._frames(prompt_tokens)]
+        for lead, *inner, tail in prompt_tokens.frames:
             if not raw.startswith(lead):
                 continue
             text = raw[len(lead) :].removesuffix(tail)
@@ -162,11 +162,11 @@ class ResponseReader:
             if found:
                 yield f"<think>\n{thought}\n</think>\n\n{words}"
 
-    def _frames(self, asked: PromptTokens) -> Iterator[tuple[str, ...]]:
+    def _frames(self, prompt_tokens: PromptTokens) -> Iterator[tuple[str, ...]]:
         ends = [str(self.tokenizer.convert_ids_to_tokens(end)) for end in self.ends]
         for content in (f"<think>\n{THOUGHT}\n</think>\n\n{WORDS}", WORDS):
             try:
-                rendered = self._rendered(asked, content)
+                rendered = self._rendered(prompt_tokens, content)
             except RowError:
                 continue
             ((start, end),) = rendered.spans
@@ -179,25 +179,37 @@ class ResponseReader:
             if found and thought and between:
                 yield before, between, tail
 
-    def _rendered(self, asked: PromptTokens, text: str, *, cut: bool = False) -> Rendered:
-        if isinstance(asked.prompt, str):
-            return render_plain(asked.prompt, text, parsed=asked.parsed, cut=cut)
-        renderer = self._renderer.using(asked.template_kwargs, parsed=asked.parsed)
-        talk = [*asked.prompt, {"role": "assistant", "content": text}]
+    def _rendered(
+        self, prompt_tokens: PromptTokens, text: str, *, truncated: bool = False
+    ) -> Rendered:
+        if isinstance(prompt_tokens.prompt, str):
+            return render_plain(
+                prompt_tokens.prompt, text, parsed=prompt_tokens.parsed, truncated=truncated
+            )
+        renderer = self._renderer.using(prompt_tokens.template_kwargs, parsed=prompt_tokens.parsed)
+        messages = [*prompt_tokens.prompt, {"role": "assistant", "content": text}]
         return renderer.conversation(
-            talk, asked.tools, last_only=True, parsed=asked.parsed, cut=cut
+            messages,
+            prompt_tokens.tools,
+            last_only=True,
+            parsed=prompt_tokens.parsed,
+            truncated=truncated,
         )
 
-    def _trained(self, asked: PromptTokens, text: str, *, cut: bool) -> tuple[bool, list[int]]:
+    def _trained(
+        self, prompt_tokens: PromptTokens, text: str, *, truncated: bool
+    ) -> tuple[bool, list[int]]:
         """Return whether training renders the same prompt, and the trained tokens ([] if refused)."""
         try:
-            ids, mask = self._encoder.encode([self._rendered(asked, text, cut=cut)])[0]
+            ids, mask = self._encoder.encode(
+                [self._rendered(prompt_tokens, text, truncated=truncated)]
+            )[0]
         except RowError:
             return False, []
         if 1 not in mask:
             return False, []
         start, end = mask.index(1), len(mask) - mask[::-1].index(1)
-        return ids[:start] == asked.ids, ids[start:end]
+        return ids[:start] == prompt_tokens.ids, ids[start:end]
 
     def _same(self, trained: list[int], ids: list[int]) -> bool:
         """Whether two responses have the same text and control tokens.
@@ -208,24 +220,24 @@ class ResponseReader:
         body = trained[: last[0]] if last else trained
         if body == ids:
             return True
-        (whole, sampled), (marks, own) = (
+        (text, sampled_text), (marks, sampled_marks) = (
             map(self._decoded, (body, ids)),
             ([token for token in part if token in self._special] for part in (body, ids)),
         )
-        return whole == sampled and marks == own
+        return text == sampled_text and marks == sampled_marks
 
     def _decoded(self, ids: list[int], *, skip: bool = False) -> str:
         return str(
             self.tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
         )
 
-    def _text(self, asked: PromptTokens, ids: list[int], *, skip: bool) -> str:
+    def _text(self, prompt_tokens: PromptTokens, ids: list[int], *, skip: bool) -> str:
         """Decode a response. After a text prompt it is decoded with the prompt.
 
         Decoded alone, a SentencePiece tokenizer drops the leading space.
         """
-        if not isinstance(asked.prompt, str):
+        if not isinstance(prompt_tokens.prompt, str):
             return self._decoded(ids, skip=skip)
-        before = self._decoded(asked.ids, skip=skip)
-        text = self._decoded(asked.ids + ids, skip=skip)
+        before = self._decoded(prompt_tokens.ids, skip=skip)
+        text = self._decoded(prompt_tokens.ids + ids, skip=skip)
         return text[len(before) :] if text.startswith(before) else self._decoded(ids, skip=skip)

@@ -83,22 +83,22 @@ class OtherProcesses:
 
         threads, affinity, others = torch.get_num_threads(), _affinity(), self.cores()
         if threads > 1 and others is not None and threads + others > affinity + 0.5:
-            _say_once(
+            _log_once(
                 logging.WARNING,
                 f"{threads} CPU threads, but other processes keep {others:.1f} of {affinity} cores busy: "
                 f"training is slower. Stop them, or set OMP_NUM_THREADS={max(1, int(affinity - others))}"
                 f"{_advice()}",
             )
         else:
-            _say_once(logging.INFO, f"CPU threads: {threads} on {affinity} cores")
+            _log_once(logging.INFO, f"CPU threads: {threads} on {affinity} cores")
 
 
-_said: set[int] = set()  # levels
+_logged_levels: set[int] = set()  # levels
 
 
-def _say_once(level: int, line: str) -> None:
-    if all(level > said for said in _said):
-        _said.add(level)
+def _log_once(level: int, line: str) -> None:
+    if all(level > logged for logged in _logged_levels):
+        _logged_levels.add(level)
         logger.log(level, "%s", line)
 
 
@@ -141,11 +141,11 @@ def _busy_seconds() -> tuple[float, float] | None:
     """Return the time, and the CPU seconds that other processes have used on this process's cores."""
     if sys.platform != "linux":
         return None
-    mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    usable = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     ticks = 0
     for line in _lines(_STAT):
         name, *counts = line.split()
-        if name in mine:
+        if name in usable:
             user, nice, system, _, _, irq, softirq, steal, *_ = map(int, counts)
             ticks += user + nice + system + irq + softirq + steal
     if not ticks:

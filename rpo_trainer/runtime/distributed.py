@@ -49,11 +49,11 @@ def start() -> None:
         if gpu:
             settings["backend"] = "cuda:nccl,cpu:gloo"  # small exchanges do not use the GPU
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            _meet_again(settings.get("backend", "gloo"))
+            _rejoin_after_restart(settings.get("backend", "gloo"))
     PartialState(cpu=not has_accelerator(), **settings)
 
 
-def _meet_again(backend: str) -> None:
+def _rejoin_after_restart(backend: str) -> None:
     """Join ranks that torchrun has restarted.
 
     torchrun keeps one store for all attempts, which may hold the address of a dead rank.

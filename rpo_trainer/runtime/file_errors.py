@@ -39,7 +39,7 @@ def reading(what: str, where: str) -> Iterator[None]:
     except RPOTrainerError:
         raise
     except BaseException as error:  # a panic of tokenizers is not an Exception
-        if lacks_memory(error):
+        if is_out_of_memory(error):
             raise ModelError(
                 f"there is not enough memory to load {what}",
                 code="model.out-of-memory",
@@ -59,7 +59,7 @@ def reading(what: str, where: str) -> Iterator[None]:
         ) from error
 
 
-def lacks_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory of the machine or of a device is exhausted; torch raises a RuntimeError on CPUs."""
     return (
         isinstance(error, MemoryError)
@@ -71,7 +71,7 @@ def lacks_memory(error: BaseException) -> bool:
 def device_failed(error: BaseException) -> bool:
     """Whether memory or an accelerator has failed, not the loaded files."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    return lacks_memory(error) or "AcceleratorError" in names or "CUDA error" in str(error)
+    return is_out_of_memory(error) or "AcceleratorError" in names or "CUDA error" in str(error)
 
 
 def reads(what: str, where: Callable[..., str]) -> Callable[[F], F]:

@@ -59,11 +59,11 @@ def digest_path(path: Path) -> Path:
 
 def verify_digest(path: Path) -> str | None:
     """Describe what is wrong with a file of `write_with_digest`; None if it is unchanged."""
-    kept = digest_path(path)
+    digest_file = digest_path(path)
     try:
-        expected = kept.read_text(encoding="utf-8", errors="replace").strip()
+        expected = digest_file.read_text(encoding="utf-8", errors="replace").strip()
     except OSError as error:
-        return f"{kept.name} cannot be read: {error.strerror or error}"
+        return f"{digest_file.name} cannot be read: {error.strerror or error}"
     try:
         return None if file_digest(path) == expected else "its content has changed"
     except OSError as error:
@@ -135,14 +135,14 @@ def known_digest(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
     `known`, an earlier result, is returned if `stat` is the same. Programs can set the modification time but
     not the change time (ctime), so replaced content is detected. Otherwise the file is read.
     """
-    found = path.stat()
-    now = [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    status = path.stat()
+    now = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     if known is not None and known.get("stat") == now:
         return dict(known)
-    begun = time.time_ns()
+    started = time.time_ns()
     digest = file_digest(path)
-    steady = begun - found.st_ctime_ns > _TIME_STEP_NS
-    return {"digest": digest, "stat": now} if steady else {"digest": digest}
+    stable = started - status.st_ctime_ns > _TIME_STEP_NS
+    return {"digest": digest, "stat": now} if stable else {"digest": digest}
 
 
 def refusal(error: BaseException) -> str | None:
@@ -156,10 +156,10 @@ def refusal(error: BaseException) -> str | None:
         seen = seen.__cause__ or seen.__context__
     # safetensors and torch pass the system's message on as text only, or not at all.
     text = str(error)
-    said = next((words for words in map(os.strerror, _REFUSALS) if words in text), None)
-    if said is None and isinstance(error, RuntimeError) and any(w in text for w in _NOT_WRITTEN):
-        said = TRUNCATED
-    return said
+    message = next((words for words in map(os.strerror, _REFUSALS) if words in text), None)
+    if message is None and isinstance(error, RuntimeError) and any(w in text for w in _NOT_WRITTEN):
+        message = TRUNCATED
+    return message
 
 
 def kind_of_file(path: Path) -> str | None:

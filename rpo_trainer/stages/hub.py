@@ -79,10 +79,10 @@ def push_output(
         from huggingface_hub import HfApi
 
         api = HfApi(token=arguments.get("hub_token"))
-        made = api.create_repo(
+        created = api.create_repo(
             repo, private=arguments.get("hub_private_repo"), exist_ok=True, repo_type="model"
         )
-        repo = made.repo_id
+        repo = created.repo_id
         commit = api.upload_folder(
             repo_id=repo, folder_path=str(final), commit_message=f"Output of stage {stage}",
             revision=arguments.get("hub_revision"),

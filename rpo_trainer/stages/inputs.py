@@ -260,7 +260,7 @@ def at_most(rows: list[Row], limit: int | None, audit: Audit | None = None) -> l
     """Return at most `limit` rows, evenly spaced, so that each source is represented."""
     if limit is None or len(rows) <= limit:
         return rows
-    kept = [rows[i * len(rows) // limit] for i in range(limit)]
+    selected = [rows[i * len(rows) // limit] for i in range(limit)]
     if audit is not None:
-        audit.leave_out_all(EVAL_ROWS, rows, kept)
-    return kept
+        audit.leave_out_all(EVAL_ROWS, rows, selected)
+    return selected

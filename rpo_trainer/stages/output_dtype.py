@@ -51,7 +51,7 @@ def _source_dtype(preparer: StagePreparer, source: str) -> torch.dtype:
     return found if found in (torch.bfloat16, torch.float16) else torch.float32
 
 
-def saves_whole(stage: Stage) -> bool:
+def saves_full_model(stage: Stage) -> bool:
     """Whether `final` holds a full model, and not an adapter."""
     return stage.peft is None or stage.peft.between_stages == "merge"
 
@@ -72,7 +72,7 @@ def keeps_exact_base(preparer: StagePreparer, name: str) -> bool:
     """Whether an adapter is kept whose base is the exact output of a stage: `final` has other weights."""
     return any(
         stage.init == name
-        and not saves_whole(stage)
+        and not saves_full_model(stage)
         and frozen_dtype(stage, preparer.recipe.model)
         != output_dtype(preparer, preparer.stage(name))
         for stage in preparer.stages
@@ -81,7 +81,7 @@ def keeps_exact_base(preparer: StagePreparer, name: str) -> bool:
 
 def needs_exact(preparer: StagePreparer, stage: Stage) -> bool:
     """Whether a stage writes its exact weights next to its output."""
-    if not saves_whole(stage) or output_dtype(preparer, stage) == torch.float32:
+    if not saves_full_model(stage) or output_dtype(preparer, stage) == torch.float32:
         return False
     return bool(exact_readers(preparer, stage.name))
 

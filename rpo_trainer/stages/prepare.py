@@ -152,17 +152,17 @@ class StagePreparer:
         self,
         stage: Stage,
         *,
-        made: list[Row] | None = None,
-        given: list[Row] | None = None,
+        scored_rows: list[Row] | None = None,
+        file_rows: list[Row] | None = None,
         audit: Audit | None = None,
         tokenize: bool = True,
     ) -> StageInputs:
         """Prepare the training rows and tokenized examples of a stage.
 
         Args:
-            made: rows sampled and scored by `ScoredRows`; None: before a run. Then only verifiers score
-                rows, and for a stage whose responses are still to be sampled, prompts are returned.
-            given: rows from `given_rows`, if already read; None: read them.
+            scored_rows: rows sampled and scored by `ScoredRows`; None: before a run. Then only verifiers
+                score rows, and for a stage whose responses are still to be sampled, prompts are returned.
+            file_rows: rows from `given_rows`, if already read; None: read them.
             audit: counts rows read and dropped.
             tokenize: False: rows only.
 
@@ -171,16 +171,16 @@ class StagePreparer:
             ModelError: the tokenizer cannot be loaded.
         """
         audit = audit or Audit()
-        if made is None and needs_policy(stage.data):
+        if scored_rows is None and needs_policy(stage.data):
             prompts = self.prompts(stage, audit)
             held_out = held_out_prompts(stage, prompts, seed=self.seed(stage))
             rows, held = set_aside(prompts, held_out, audit)
             self.steps[stage.name] = steps_of(stage, len(rows))
             return StageInputs(stage, rows, audit, held)
-        if tokenize and (kept := self._kept.get(stage.name)) is not None:
+        if tokenize and (prepared := self._kept.get(stage.name)) is not None:
             del self._kept[stage.name]
-            return kept
-        rows, held = self._split_rows(stage, audit, made=made, given=given)
+            return prepared
+        rows, held = self._split_rows(stage, audit, scored_rows=scored_rows, file_rows=file_rows)
         train = tokenize_stage(stage, rows, self.tokenizer, audit) if tokenize else None
         self.steps[stage.name] = steps_of(stage, len(rows if train is None else train))
         inputs = StageInputs(fitted_stage(stage, audit), rows, audit, held, train)
@@ -216,12 +216,19 @@ class StagePreparer:
                     inputs.rows, found, on_overlap=on_overlap, where=f"eval.{name}"
                 )
 
-    def rows(self, stage: Stage, audit: Audit, *, made: list[Row] | None = None) -> list[Row]:
+    def rows(
+        self, stage: Stage, audit: Audit, *, scored_rows: list[Row] | None = None
+    ) -> list[Row]:
         """Return the training rows of a stage before tokenization; arguments as in `prepare`."""
-        return self._split_rows(stage, audit, made=made, given=None)[0]
+        return self._split_rows(stage, audit, scored_rows=scored_rows, file_rows=None)[0]
 
     def _split_rows(
-        self, stage: Stage, audit: Audit, *, made: list[Row] | None, given: list[Row] | None
+        self,
+        stage: Stage,
+        audit: Audit,
+        *,
+        scored_rows: list[Row] | None,
+        file_rows: list[Row] | None,
     ) -> tuple[list[Row], list[Row] | None]:
         """Return training rows, and held-out rows if `data.eval_fraction` is set."""
         data, seed = stage.data, self.seed(stage)
@@ -236,11 +243,11 @@ class StagePreparer:
             rows = self._load(data.train, "rating", audit, seed=seed, dedup=data.dedup)
             rows = with_targets(stage, rows, audit)
             return set_aside(rows, held_out_prompts(stage, rows, seed=seed), audit)
-        rows = self._pairs(stage, audit, given) if made is None else made
+        rows = self._pairs(stage, audit, file_rows) if scored_rows is None else scored_rows
         held_out = held_out_prompts(stage, rows, seed=seed)
         trained = [row for row in rows if held_out is None or prompt_key(row) not in held_out]
         given_gaps = [] if needs_policy(data) else label_gaps(trained)
-        if made is not None or data.pairs is not None or scored_before_run(data.score):
+        if scored_rows is not None or data.pairs is not None or scored_before_run(data.score):
             rows = make_preference_rows(rows, **pairs_arguments(data.pairs), seed=seed, audit=audit)
         rows = filter_rows(rows, data.filter, audit)
         if stage.trains_reward_model:
@@ -351,11 +358,11 @@ class StagePreparer:
             seed=self.recipe.seed if seed is None else seed, **more,
         )  # fmt: skip
 
-    def _pairs(self, stage: Stage, audit: Audit, given: list[Row] | None) -> list[Row]:
+    def _pairs(self, stage: Stage, audit: Audit, file_rows: list[Row] | None) -> list[Row]:
         """Return rows with given responses; if `score` is set, its rewards replace those in the file."""
         data = stage.data
         if data.score is not None:
-            rows = self.given_rows(stage, audit) if given is None else given
+            rows = self.given_rows(stage, audit) if file_rows is None else file_rows
             if not scored_before_run(data.score) or data.score.verifier is None:
                 return [{**row, "rewards": None} for row in rows]
             return score_rows(rows, get_verifier(data.score.verifier))

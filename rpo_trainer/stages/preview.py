@@ -94,24 +94,24 @@ class _Preview:
         yield self.view.tokens(ids, [PROMPT] * len(ids))
 
     def _example(self, stage: Stage, row: Row, note: str) -> Iterator[Text]:
-        whole, reason, warnings = self._tokenized(
+        untruncated, reason, warnings = self._tokenized(
             stage.model_copy(update={"max_length": _LONG}), row
         )
-        if whole is None:
+        if untruncated is None:
             yield Text(f"\nrow {row['id']}{note}: dropped: {reason}", "bold red")
             yield from (Text(visible(text)) for text in row_texts(row))
             return
-        kept, reason, _ = self._tokenized(stage, row)
-        prompt = whole["prompt_ids"]
+        example, reason, _ = self._tokenized(stage, row)
+        prompt = untruncated["prompt_ids"]
         yield Text(_title(row, note, len(prompt)), "bold")
         yield from (Text(f"warning: {text}", "yellow") for text in warnings)
-        if kept is None:
+        if example is None:
             yield Text(f"dropped: {reason}", "bold red")
         yield self.view.tokens(prompt, _lost_after([PROMPT] * len(prompt), stage.max_length))
         room = stage.max_length - len(prompt)
-        for number, ids in enumerate(whole["response_ids"]):
-            mask = whole["response_mask"][number]
-            yield Text(_head(whole, number, ids, mask, room), "bold")
+        for number, ids in enumerate(untruncated["response_ids"]):
+            mask = untruncated["response_mask"][number]
+            yield Text(_head(untruncated, number, ids, mask, room), "bold")
             yield self.view.tokens(ids, _lost_after(trained_styles(mask), room))
 
     def _tokenized(self, stage: Stage, row: Row) -> tuple[Row | None, str, list[str]]:
@@ -139,19 +139,19 @@ def _spread(rows: Sequence[Row], count: int) -> Iterator[tuple[Row, str]]:
 
 def _title(row: Row, note: str, tokens: int) -> str:
     """Return the heading of a row: its id, prompt length and chat template variables."""
-    given = f", {COLUMN} {kwargs_key(row[COLUMN])}" if row.get(COLUMN) else ""
-    return f"\nrow {row['id']}{note}: prompt of {tokens:,} tokens{visible(given)}"
+    variables = f", {COLUMN} {kwargs_key(row[COLUMN])}" if row.get(COLUMN) else ""
+    return f"\nrow {row['id']}{note}: prompt of {tokens:,} tokens{visible(variables)}"
 
 
 def _head(example: Row, number: int, ids: Sequence[int], mask: Sequence[int], room: int) -> str:
-    said = f"{_name(example, number)}: {len(ids):,} tokens, {sum(mask):,} trained"
+    title = f"{_name(example, number)}: {len(ids):,} tokens, {sum(mask):,} trained"
     if len(ids) > room:
-        said += f", {len(ids) - max(room, 0):,} beyond max_length"
+        title += f", {len(ids) - max(room, 0):,} beyond max_length"
     if example["rewards"] is not None:
-        said += f", reward {example['rewards'][number]:g}"
+        title += f", reward {example['rewards'][number]:g}"
     if example.get("attributes"):
-        said += f", ratings {example['attributes']}"
-    return said
+        title += f", ratings {example['attributes']}"
+    return title
 
 
 def _name(example: Row, number: int) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rpo_trainer.data.counts import CutResponses
+from rpo_trainer.data.counts import TruncatedResponses
 from rpo_trainer.runtime.json_records import JsonRecord
 
 CHAIN_FILE = "chain.json"
@@ -101,7 +101,7 @@ class AuditRecord(JsonRecord):
     warnings: dict[str, ReasonRecord] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     generation: dict[str, DifferencesRecord] = field(default_factory=dict)
-    cut: dict[str, CutResponses] = field(default_factory=dict)
+    cut: dict[str, TruncatedResponses] = field(default_factory=dict)
     extra_columns: dict[str, list[str]] = field(default_factory=dict)
     unread_columns: dict[str, list[str]] = field(default_factory=dict)
     pairs: PairsRecord | None = field(default=None, metadata=_EMPTY)

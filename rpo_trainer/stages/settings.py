@@ -47,7 +47,7 @@ from rpo_trainer.trainers.argument_checks import require_best_metric
 from rpo_trainer.trainers.argument_status import by_name
 from rpo_trainer.trainers.argument_table import TRAINING
 from rpo_trainer.trainers.base import BaseTrainer
-from rpo_trainer.trainers.engine import asks_for_shards
+from rpo_trainer.trainers.engine import requests_sharding
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -124,7 +124,7 @@ def training_config(
         "seed": seed,
         "bf16": arithmetic(model) == "bfloat16",
         "fp16": arithmetic(model) == "float16",
-        "use_cpu": not has_accelerator() and not asks_for_shards(stage.training_args),
+        "use_cpu": not has_accelerator() and not requests_sharding(stage.training_args),
         "disable_tqdm": True,
         "log_level": "warning",
         "logging_nan_inf_filter": False,
@@ -134,11 +134,11 @@ def training_config(
     if stage.needs_reference:
         settings["reference_cache_dir"] = str(run_dir / "reference-cache")
     where = f"stages.{stage.name}.training_args"
-    given = fill_from_environment(stage.training_args, where=where)
-    check_strategy(given, where)
-    _check_files(given, where)
+    arguments = fill_from_environment(stage.training_args, where=where)
+    check_strategy(arguments, where)
+    _check_files(arguments, where)
     # The chain pushes outputs itself, with their model cards: see `push_output`.
-    settings |= {**given, "push_to_hub": False}
+    settings |= {**arguments, "push_to_hub": False}
     config, trainer_class = _TRAINERS[stage.kind]
     known = _parameters(config)
     settings["gradient_checkpointing"] = stage.gradient_checkpointing
@@ -162,12 +162,12 @@ def training_config(
             fix=row.recipe.partition(": ")[2],
         )
         for name, row in by_name(TRAINING).items()
-        if row.recipe and given.get(name)
+        if row.recipe and arguments.get(name)
     ]
     if problems:
         raise Problems(problems)
     try:
-        made = config(**settings)
+        args = config(**settings)
     except RecipeError as error:
         _, _, field = (error.where or "").partition(".")
         raise error.at(f"stages.{stage.name}" + (f".{field}" if field else "")) from None
@@ -179,15 +179,15 @@ def training_config(
             why="transformers does not accept this combination of arguments, or not on this machine",
             fix="see transformers.TrainingArguments for the accepted values",
         ) from error
-    made.compared_with_trl = False  # type: ignore[misc]  # a recipe does not promise TRL's defaults
+    args.compared_with_trl = False  # type: ignore[misc]  # recipes do not have TRL's defaults
     try:
         if stage.data.eval or stage.data.eval_fraction:
-            require_best_metric(made, {None: trainer_class.metric_names(made)})
+            require_best_metric(args, {None: trainer_class.metric_names(args)})
     except RecipeError as error:
         raise error.at(f"{where}.{error.where}") from None
     try:
         trackers: Any = get_reporting_integration_callbacks
-        for tracker in trackers(made.report_to):
+        for tracker in trackers(args.report_to):
             tracker()  # raises now, not when training starts, if it is not installed
     except (ValueError, TypeError, RuntimeError, ImportError) as error:
         raise RecipeError(
@@ -196,7 +196,7 @@ def training_config(
             where=f"stages.{stage.name}.report_to",
             fix="install its package, or remove it from `report_to`; metrics.jsonl always has all metrics",
         ) from error
-    return made
+    return args
 
 
 def named_files(arguments: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -129,10 +129,10 @@ def _checked(
 
 def _writes_calls(text: str, messages: Sequence[Message]) -> bool:
     """Whether the text contains the arguments of all calls, not counting the content of the turns."""
-    said = "".join(message["content"] for message in messages)
+    content = "".join(message["content"] for message in messages)
     calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
     values = {value for call in calls for value in call["arguments"].values()}
-    return all(text.count(value) > said.count(value) for value in values)
+    return all(text.count(value) > content.count(value) for value in values)
 
 
 def _problems(error: RPOTrainerError) -> Sequence[RPOTrainerError]:
@@ -144,7 +144,7 @@ def _reasons(error: RPOTrainerError) -> list[str]:
 
 
 def shown(
-    found: list[Checked], tokenizer: PreTrainedTokenizerBase, *, colors: bool
+    results: list[Checked], tokenizer: PreTrainedTokenizerBase, *, colors: bool
 ) -> Iterator[Text]:
     """Yield the conversations as text, in the format of `preview`.
 
@@ -153,7 +153,7 @@ def shown(
     """
     view = TokenView(tokenizer, colors)
     yield view.legend((("not trained", PROMPT), ("trained", TRAINED[0])))
-    for one in found:
+    for one in results:
         style = {"right": "bold green", "wrong": "bold red"}.get(one.status, "bold yellow")
         trained = f", {sum(one.mask):,} of {len(one.ids):,} tokens trained" if one.ids else ""
         yield Text(f"\n{one.name}: {one.status}{trained}", style)
@@ -185,13 +185,13 @@ def as_dict(one: Checked, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def raise_if_wrong(found: list[Checked]) -> None:
+def raise_if_wrong(results: list[Checked]) -> None:
     """Raise TemplateError if a conversation is rendered wrongly."""
-    wrong = [one.name for one in found if one.status == "wrong"]
+    wrong = [one.name for one in results if one.status == "wrong"]
     if not wrong:
         return
     raise TemplateError(
-        f"{len(wrong)} of {len(found)} conversations are rendered wrongly: {', '.join(wrong)}",
+        f"{len(wrong)} of {len(results)} conversations are rendered wrongly: {', '.join(wrong)}",
         code="template.wrong-conversations",
         why="training and generation would use different text",
         fix="choose another template (--chat-template) or other variables (--kwargs), or drop such rows",

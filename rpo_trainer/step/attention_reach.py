@@ -73,8 +73,8 @@ class Recording:
 
     def _reach(self, mask: Tensor) -> Reach | None:
         """Return the reach of a mask created in this forward, or of a view of all of it."""
-        for made, reach in self.masks:
-            if made.data_ptr() == mask.data_ptr() and made.shape == mask.shape:
+        for known, reach in self.masks:
+            if known.data_ptr() == mask.data_ptr() and known.shape == mask.shape:
                 return reach
         return None
 

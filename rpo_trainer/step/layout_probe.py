@@ -33,7 +33,7 @@ from rpo_trainer.step.head import FORWARD_ERRORS, Head
 from rpo_trainer.step.layout_proof import (
     Answers,
     exchanges,
-    last_bits_disturbed,
+    last_bits_perturbed,
     layout_answers,
     plain_answers,
     random_examples,
@@ -229,7 +229,7 @@ class _Proof:
         if autocast is not None:
             dtype = min(dtype, autocast, key=lambda d: d.itemsize)
         low = dtype in (torch.bfloat16, torch.float16)
-        with last_bits_disturbed(model):
+        with last_bits_perturbed(model):
             disturbed = self._plain()
         size = 1.0 + self.plain.values.abs().max().item()
         if is_classifier(model):

@@ -234,11 +234,11 @@ def sees_order(
 
 
 @contextmanager
-def last_bits_disturbed(model: nn.Module) -> Iterator[None]:
+def last_bits_perturbed(model: nn.Module) -> Iterator[None]:
     """Perturb the outputs of all innermost modules by the resolution of their dtype, up or down."""
     generator = torch.Generator().manual_seed(0)
 
-    def disturb(_: nn.Module, __: Any, output: Any) -> Any:
+    def perturb(_: nn.Module, __: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return output
         # The caller's default device may differ from that of the generator.
@@ -248,7 +248,7 @@ def last_bits_disturbed(model: nn.Module) -> Iterator[None]:
         return output * (1 + torch.finfo(output.dtype).eps * (2 * signs - 1))
 
     handles = [
-        module.register_forward_hook(disturb)
+        module.register_forward_hook(perturb)
         for module in model.modules()
         if not any(True for _ in module.children())
     ]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from rpo_trainer.errors import ModelError
-from rpo_trainer.models.sharding import device_of, whole
+from rpo_trainer.models.sharding import device_of, gathered
 from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.forward import token_logprobs
@@ -67,7 +67,7 @@ def model_key(model: nn.Module, *, arithmetic: str = "") -> str:
                 why="reference log-probs are cached under a hash of all weights",
                 fix="load all weights, without offloading (device_map) or init_empty_weights",
             )
-        with whole(weight) as tensor:
+        with gathered(weight) as tensor:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             flat = tensor.contiguous().reshape(-1).view(torch.uint8).cpu()
             digest.update(flat.numpy().data)

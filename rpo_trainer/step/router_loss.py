@@ -144,7 +144,7 @@ def split_sums(answer: Any, model_inputs: ModelInputs) -> Tensor:
 # --- what a model has ---
 
 
-def asked_by_config(config: Any) -> dict[str, float]:
+def configured_coefficients(config: Any) -> dict[str, float]:
     """Return the router loss coefficients of a config that enables these losses, by name; otherwise empty."""
     text = config.get_text_config()
     # Custom model code adds the loss without the switch `output_router_logits` of transformers' classes.

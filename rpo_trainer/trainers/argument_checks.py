@@ -200,21 +200,21 @@ def lowest_is_best(metric: str) -> bool:
 
 
 def require_best_metric(
-    args: Any, metrics: Mapping[str | None, Collection[str]], *, asked: bool = False
+    args: Any, metrics: Mapping[str | None, Collection[str]], *, router_loss: bool = False
 ) -> None:
     """Raise RecipeError if `metric_for_best_model` is not a metric of the evaluation.
 
     Args:
         args: a config.
         metrics: names of the metrics of each eval set, without prefix; the key of an unnamed set is None.
-        asked: whether the model's config enables the load-balancing loss, which is then a metric too.
+        router_loss: whether the model's config enables the load-balancing loss, which is then a metric too.
     """
     wanted = args.metric_for_best_model
     if wanted is None or args.eval_strategy == IntervalStrategy.NO:
         return
     name = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
     named = None not in metrics
-    routers = {"loss/router_aux"} if args.router_aux_loss_coef or asked else set()
+    routers = {"loss/router_aux"} if args.router_aux_loss_coef or router_loss else set()
     known = []
     for one, own in metrics.items():
         prefix = "eval_" if one is None else f"eval_{one}_"

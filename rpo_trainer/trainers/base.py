@@ -47,7 +47,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from rpo_trainer.models.sharding import has_shards, reshard, whole_on_every_rank
+from rpo_trainer.models.sharding import has_shards, is_replicated, reshard
 from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.runtime.cores import OtherProcesses, limit_threads
 from rpo_trainer.runtime.devices import move, widest
@@ -76,7 +76,7 @@ from rpo_trainer.trainers.router_term import NAME as ROUTER_AUX
 from rpo_trainer.trainers.router_term import RouterTerm, router_term
 from rpo_trainer.trainers.step_result import StepOutputs, StepResult
 from rpo_trainer.trainers.trackers import fault_tolerant_callbacks
-from rpo_trainer.trainers.unknown_arguments import answering_unknown_arguments
+from rpo_trainer.trainers.unknown_arguments import with_known_arguments
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -102,9 +102,9 @@ class BaseTrainer(Trainer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
-            cls.__init__ = answering_unknown_arguments(cls.__init__)  # type: ignore[method-assign]
+            cls.__init__ = with_known_arguments(cls.__init__)  # type: ignore[method-assign]
 
-    @answering_unknown_arguments
+    @with_known_arguments
     def __init__(
         self,
         model: str | nn.Module,
@@ -157,7 +157,7 @@ class BaseTrainer(Trainer):
         self.layout: Layout = "shared" if args.layout == "auto" else args.layout  # type: ignore[assignment]
         self.router: RouterTerm | None = None
         self._proved = False
-        if whole_on_every_rank(self.model):
+        if is_replicated(self.model):
             self._prove_layout()
         self.pad_token_id = setup.pad_token_id_of(tokenizer)
         self.data_collator = PackingCollator(self.layout, self.pad_token_id)

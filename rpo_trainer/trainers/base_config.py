@@ -228,14 +228,14 @@ class BaseConfig(TrlArguments):
         known = json.loads(self.derived) if isinstance(self.derived, str) else self.derived
         return known or {}
 
-    def _set_batch(self, asked_accumulation: int) -> None:
+    def _set_batch(self, accumulation_steps: int) -> None:
         """Derive global batch size and accumulation steps from each other."""
         if self.micro_batch_tokens is not None:
             if self.global_batch_size is None:
                 self.global_batch_size = self.examples_per_step()
-            elif asked_accumulation != 1:
+            elif accumulation_steps != 1:
                 raise RecipeError(
-                    f"gradient_accumulation_steps={asked_accumulation} conflicts with micro_batch_tokens and "
+                    f"gradient_accumulation_steps={accumulation_steps} conflicts with micro_batch_tokens and "
                     "global_batch_size",
                     code="training.conflicting-settings",
                     where=type(self).__name__,
@@ -251,9 +251,9 @@ class BaseConfig(TrlArguments):
                 self.world_size,
                 where=f"{type(self).__name__}.global_batch_size",
             )
-            if asked_accumulation not in (1, self.gradient_accumulation_steps):
+            if accumulation_steps not in (1, self.gradient_accumulation_steps):
                 raise RecipeError(
-                    f"gradient_accumulation_steps={asked_accumulation} conflicts with global_batch_size="
+                    f"gradient_accumulation_steps={accumulation_steps} conflicts with global_batch_size="
                     f"{self.global_batch_size}, which requires {self.gradient_accumulation_steps}",
                     code="training.conflicting-settings",
                     where=type(self).__name__,

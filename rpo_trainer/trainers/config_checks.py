@@ -14,7 +14,7 @@ from rpo_trainer.recipe.template_kwargs import faults
 from rpo_trainer.step.batch import Layout
 from rpo_trainer.trainers.argument_checks import setting_problems
 from rpo_trainer.trainers.argument_status import Problem
-from rpo_trainer.trainers.engine import asks_for_deepspeed
+from rpo_trainer.trainers.engine import requests_deepspeed
 
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
@@ -123,7 +123,7 @@ def _nonfinite_problems(args: Any) -> Iterator[Problem]:
             code="training.invalid-value",
             setting="max_skipped_steps",
         )
-    elif asks_for_deepspeed({"deepspeed": args.deepspeed}):
+    elif requests_deepspeed({"deepspeed": args.deepspeed}):
         yield Problem(
             "on_nonfinite=skip does not work with DeepSpeed, which updates the weights within the backward "
             "pass: use stop, or DDP or FSDP2",

@@ -12,7 +12,7 @@ from torch import nn
 from rpo_trainer.errors import DataError
 from rpo_trainer.models.unwrap import transformers_model
 from rpo_trainer.step.batch import Layout
-from rpo_trainer.step.router_loss import asked_by_config
+from rpo_trainer.step.router_loss import configured_coefficients
 from rpo_trainer.trainers import fits
 from rpo_trainer.trainers.argument_checks import require_best_metric
 from rpo_trainer.trainers.base_config import BaseConfig
@@ -70,8 +70,8 @@ class DataSets:
             return
         sets = self.evaluation if isinstance(self.evaluation, dict) else {None: self.evaluation}
         metrics = {name: names(args, examples) for name, examples in sets.items()}
-        asked = asked_by_config(transformers_model(model).config)
-        require_best_metric(args, metrics, asked=bool(asked))
+        coefficients = configured_coefficients(transformers_model(model).config)
+        require_best_metric(args, metrics, router_loss=bool(coefficients))
 
     def require_fit(
         self, model: nn.Module, examples: Examples, layout: Layout, *, checked: bool

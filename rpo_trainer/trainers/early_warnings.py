@@ -74,11 +74,11 @@ def find_warnings(means: Mapping[str, float], args: Any) -> Iterator[EarlyWarnin
     margin, target = means.get("rewards/margins", 0.0), means.get("rewards/target_gap")
     limit = EXPLODED if target is None else max(EXPLODED, EXPLODED_FACTOR * abs(target))
     if margin > limit:
-        asked = "" if target is None else f" (target: {target:.3g})"
+        target_note = "" if target is None else f" (target: {target:.3g})"
         yield EarlyWarning(
             "margins_exploding",
-            f"the implicit reward gap is {margin:.3g}{asked}: the policy moves far from the reference model, "
-            "and its samples may degrade",
+            f"the implicit reward gap is {margin:.3g}{target_note}: the policy moves far from the reference "
+            "model, and its samples may degrade",
             f"lower learning_rate, raise beta (now {args.beta:g}), or train fewer steps",
         )
     accuracy = means.get("rewards/accuracies", 0.0)

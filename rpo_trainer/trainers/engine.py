@@ -133,20 +133,20 @@ def wraps_late(accelerator: Accelerator) -> bool:
 def check_engine(args: Any, accelerator: Accelerator) -> None:
     """Raise RecipeError if the requested engine was not started, or has conflicting settings."""
     kind, started = accelerator.distributed_type, accelerator.num_processes
-    wanted = int(os.environ.get("WORLD_SIZE", 1))
-    if started != wanted:
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if started != world_size:
         raise RecipeError(
-            f"{wanted} processes were launched, but accelerate has connected {started}",
+            f"{world_size} processes were launched, but accelerate has connected {started}",
             code="training.processes-not-joined",
             why="each process would train separately on the same data",
             fix="FSDP and DeepSpeed require a GPU per process; without GPUs use DDP",
         )
-    asked = {
+    requested = {
         DistributedType.DEEPSPEED: bool(args.deepspeed) or _set("ACCELERATE_USE_DEEPSPEED"),
         DistributedType.FSDP: bool(args.fsdp) or _set("ACCELERATE_USE_FSDP"),
     }
     for engine, name in ((DistributedType.DEEPSPEED, "DeepSpeed"), (DistributedType.FSDP, "FSDP")):
-        if asked[engine] and kind != engine:
+        if requested[engine] and kind != engine:
             raise RecipeError(
                 f"{name} was requested but has not started",
                 code="training.engine-not-started",
@@ -200,13 +200,13 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
         )
 
 
-def asks_for_shards(arguments: Mapping[str, Any]) -> bool:
+def requests_sharding(arguments: Mapping[str, Any]) -> bool:
     """Whether training arguments or the launcher turn on FSDP or DeepSpeed."""
     launched = _set("ACCELERATE_USE_DEEPSPEED") or _set("ACCELERATE_USE_FSDP")
     return launched or bool(arguments.get("deepspeed") or arguments.get("fsdp"))
 
 
-def asks_for_deepspeed(arguments: Mapping[str, Any]) -> bool:
+def requests_deepspeed(arguments: Mapping[str, Any]) -> bool:
     """Whether training arguments or the launcher turn on DeepSpeed."""
     return _set("ACCELERATE_USE_DEEPSPEED") or bool(arguments.get("deepspeed"))
 
@@ -247,8 +247,8 @@ def apply_engine_overrides(args: Any, accelerator: Accelerator) -> None:
             config["bf16"] = {"enabled": False}
             zero3 = config["zero_optimization"]["stage"] == 3
             safe: dict[str, Any] = {} if zero3 else {"lower_precision_safe_modules": []}
-            given = config.get("torch_autocast", {})
-            config["torch_autocast"] = {"dtype": "bfloat16", **safe, **given, "enabled": True}
+            configured = config.get("torch_autocast", {})
+            config["torch_autocast"] = {"dtype": "bfloat16", **safe, **configured, "enabled": True}
             accelerator.native_amp = True  # `accelerator.autocast` would do nothing with DeepSpeed
         # DeepSpeed only clips if its own setting is given.
         clipping = config.get("gradient_clipping")

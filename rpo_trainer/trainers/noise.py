@@ -137,21 +137,21 @@ def disable_noise(model: nn.Module, why: str) -> None:
             for name in [name for name in found if _matters_in_eval(model, name)]:
                 del found[name]
         _set_noise_to_zero(model, found)
-    kept = _keep_in_eval(model)
-    left = is_noisy(model)
+    in_eval = _keep_in_eval(model)
+    still_noisy = is_noisy(model)
     if not is_main():
         return
     if found:
         logger.warning(
             "disabled dropout or other noise in training (%s), because %s", text_of(found), why
         )
-    if kept:
+    if in_eval:
         logger.warning(
             "the model draws random numbers in %s: these modules are kept in eval mode, because %s",
-            ", ".join(kept),
+            ", ".join(in_eval),
             why,
         )
-    if left:
+    if still_noisy:
         logger.warning(
             "two forwards of the model in training differ: it has noise that cannot be turned off, although "
             "%s",
@@ -264,14 +264,14 @@ def _forward(model: nn.Module, seed: int, training: bool = True) -> Tensor:
 
 def _keep_in_eval(model: nn.Module) -> list[str]:
     """Keep modules that draw random numbers in eval mode, and return the names of their classes."""
-    kept = set()
+    names = set()
     for module in _drawing(model):
         # These recompute their activations only if `training` is set.
         if not any(isinstance(part, GradientCheckpointingLayer) for part in module.modules()):
             module.eval()
             module.train = types.MethodType(_ignore_train, module)  # type: ignore[method-assign]
-            kept.add(type(module).__name__)
-    return sorted(kept)
+            names.add(type(module).__name__)
+    return sorted(names)
 
 
 def _ignore_train(module: nn.Module, mode: bool = True) -> nn.Module:

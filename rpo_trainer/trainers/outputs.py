@@ -22,9 +22,9 @@ from rpo_trainer.models.saved_files import (
     joined_ends,
     repair_generation,
     warn_repaired,
-    write_beside,
+    write_auto_class_files,
 )
-from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.models.sharding import is_replicated
 from rpo_trainer.models.unwrap import is_classifier, transformers_model
 from rpo_trainer.runtime.distributed import is_main, on_main
 from rpo_trainer.trainers.examples import Examples
@@ -90,7 +90,7 @@ class OutputWriter:
         if generation is not None and ends:
             generation.eos_token_id = joined_ends(ends, generation.eos_token_id)
         # PEFT copies weights that an adapter shares with the base.
-        if whole_on_every_rank(model) and not is_adapted(model):
+        if is_replicated(model) and not is_adapted(model):
             check_unshared(inner)
         on_main(lambda: self._check_savable(model))
 
@@ -114,7 +114,7 @@ class OutputWriter:
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         inner = transformers_model(model)
         if not is_adapted(model):
-            write_beside(inner, folder)
+            write_auto_class_files(inner, folder)
             return
         make_base_absolute(folder)
         if checkpoint:

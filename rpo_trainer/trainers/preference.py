@@ -16,7 +16,7 @@ from rpo_trainer.models.adapter_parts import warn_of_random
 from rpo_trainer.models.adapters import starts_as
 from rpo_trainer.models.loading import load_model_named
 from rpo_trainer.models.preload_checks import check_same_vocabulary
-from rpo_trainer.models.sharding import has_shards, num_rows, whole_on_every_rank
+from rpo_trainer.models.sharding import has_shards, is_replicated, num_rows
 from rpo_trainer.models.unwrap import transformers_model, unwrap_prepared_model
 from rpo_trainer.runtime.distributed import all_gather_dict, broadcast, is_main, on_main
 from rpo_trainer.step import reference
@@ -191,7 +191,7 @@ class PreferenceTrainer(BaseTrainer):
             examples.extra["reference_logps"] = self._reference_of(model, examples, cache)
         self._reference_key = key
         if self.ref_model is not None:
-            self.ref_model = self.ref_model.to("cpu") if whole_on_every_rank(model) else None
+            self.ref_model = self.ref_model.to("cpu") if is_replicated(model) else None
             if key != self._policy_key and not same_start:
                 logger.info(
                     "step-0 check: off, because the reference model is not the initial policy"

@@ -20,8 +20,8 @@ from rpo_trainer.step.forward import router_sums_only
 from rpo_trainer.step.router_loss import (
     NoRouterLoss,
     RouterLoss,
-    asked_by_config,
     balance,
+    configured_coefficients,
     has_switch,
     request,
     router_loss_of,
@@ -104,9 +104,9 @@ class RouterTerm:
         Over the micro-batches and ranks of a step the first adds up to the loss, the second to 1. In
         evaluation it is the loss of the micro-batch; `evaluated` is the loss over all data.
         """
-        asked = batch.model_inputs.router
-        assert asked is not None and asked.sums is not None  # its forward is done
-        sums, asked.sums = _real(asked.sums, batch), None
+        request = batch.model_inputs.router
+        assert request is not None and request.sums is not None  # its forward is done
+        sums, request.sums = _real(request.sums, batch), None
         if training:
             total = self._reduce(sums.detach()) if self._step is None else self._step
         else:
@@ -145,7 +145,7 @@ def router_term(
         RecipeError: `router_aux_loss_coef` is set, and the model's loss cannot be computed.
     """
     inner, given = transformers_model(model), args.router_aux_loss_coef
-    wanted = asked_by_config(inner.config)
+    wanted = configured_coefficients(inner.config)
     if given == 0.0 or (given is None and not wanted):
         _log_off(inner.config, given)
         return None

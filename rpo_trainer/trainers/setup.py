@@ -19,7 +19,7 @@ from rpo_trainer.models.adapter_parts import require_trained_parts, warn_of_rand
 from rpo_trainer.models.loading import load_model_named, load_tokenizer_named
 from rpo_trainer.models.multimodal import freeze_towers, require_text_forward, towers_line
 from rpo_trainer.models.quantization import disable_bnb_cpu_bf16
-from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.models.sharding import is_replicated
 from rpo_trainer.models.unwrap import is_classifier, transformers_model, unwrap_prepared_model
 from rpo_trainer.runtime.distributed import is_main
 from rpo_trainer.step.batch import Layout
@@ -249,7 +249,7 @@ def require_kept_padding(model: Any) -> None:
     """
     embedding = model.get_input_embeddings()
     place = getattr(embedding, "padding_idx", None)
-    if place is None or not whole_on_every_rank(model) or not _zeroed_when_loaded(model, place):
+    if place is None or not is_replicated(model) or not _zeroed_when_loaded(model, place):
         return
     name = type(model).__name__
     if embedding.weight[place].any():
@@ -288,7 +288,7 @@ def _freeze_towers(inner: Any, *, adapted: bool) -> None:
     line = towers_line(inner)
     if line is None:
         return
-    if not getattr(inner, "_rpo_complete", False) and whole_on_every_rank(inner):
+    if not getattr(inner, "_rpo_complete", False) and is_replicated(inner):
         require_text_forward(inner)
     freeze_towers(inner)
     if is_main():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rpo_trainer.errors import StepZeroError
 from rpo_trainer.losses import step_zero_losses
-from rpo_trainer.models.sharding import whole_on_every_rank
+from rpo_trainer.models.sharding import is_replicated
 from rpo_trainer.runtime.devices import move, widest, widest_float
 from rpo_trainer.runtime.distributed import all_gather_dict, rank
 from rpo_trainer.step.batch import Layout, PackedBatch
@@ -168,9 +168,9 @@ class StepZero:
     def _diagnose(self) -> tuple[str, str, str]:
         """Name of the cause, its description, and the fix."""
         model, each = self.model, self.tolerance_each
-        whole = whole_on_every_rank(model)
+        replicated = is_replicated(model)
         if self._worst()[0] <= each:
-            if whole and is_noisy(model):
+            if replicated and is_noisy(model):
                 names = text_of(noise_in(model))
                 return (
                     "noise",
@@ -185,7 +185,7 @@ class StepZero:
             )
         if self.has_ref_model:
             return "ref-model", "ref_model and policy have different log-probs", "check ref_model"
-        if not whole:
+        if not replicated:
             return (
                 "reference",
                 "the reference log-probs are not those of the policy: the cache is stale, the tokens have "

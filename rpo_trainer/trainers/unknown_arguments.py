@@ -71,7 +71,7 @@ def known_arguments(
     return found
 
 
-def answering_unknown_arguments(make: Callable[..., None]) -> Callable[..., None]:
+def with_known_arguments(make: Callable[..., None]) -> Callable[..., None]:
     """Wrap a trainer's `__init__` to answer arguments of other libraries, see `known_arguments`."""
     parameters = inspect.signature(make).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):

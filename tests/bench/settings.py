@@ -1,4 +1,4 @@
-"""What ours and TRL's trainers are both told in the comparisons of their steps."""
+"""Settings that our trainers and TRL's share in the comparisons of their steps."""
 
 SETTINGS = {
     "lr_scheduler_type": "linear",

@@ -55,7 +55,7 @@ def lines(trainer: Any) -> list[dict[str, float]]:
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dpo": ({}, {}),
-    # TRL's ipo is of averages over tokens, and its sft loss is over all tokens of the batch.
+    # TRL's ipo loss averages over tokens, and its sft loss covers all tokens of the batch.
     "ipo": ({"loss_type": "ipo", "average_logps": True}, {"loss_type": ["ipo"]}),
     "dpo + sft": (
         {"sft_loss_weight": 0.3, "sft_reduction": "token_mean"},
@@ -69,7 +69,7 @@ def test_losses_and_margins_agree(case: str, tmp_path: Path, capsys: Any) -> Non
     import datasets
 
     torch.set_num_threads(1)
-    gc.freeze()  # each train() collects garbage, and would go through all imported libraries
+    gc.freeze()  # each train() collects garbage, which would scan all imported libraries
     settings, theirs_settings = CASES[case]
     start, tokenizer, rows = make_model(vocab_size=100), character_tokenizer(), pairs()
     ours = DPOTrainer(
@@ -105,13 +105,13 @@ def test_losses_and_margins_agree(case: str, tmp_path: Path, capsys: Any) -> Non
 
     names = ["loss", "rewards/margins", "rewards/accuracies", "rewards/chosen", "rewards/rejected"]
     names += ["logps/chosen", "logps/rejected", "grad_norm", "learning_rate"]
-    if case == "ipo":  # what TRL shows as its rewards are of the sums, not of what the loss is of
+    if case == "ipo":  # TRL logs rewards from sums, although its loss uses averages
         names = ["loss", "logps/chosen", "logps/rejected", "grad_norm"]
     worst = dict.fromkeys(names, 0.0)
     for own, other in zip(lines(ours), lines(theirs), strict=True):
         for name in names:
             if name == "rewards/accuracies" and abs(own["rewards/margins"]) < 1e-4:
-                continue  # the policy still is the reference: the signs of its gaps are rounding
+                continue  # the policy still equals the reference: the signs of its gaps are rounding
             worst[name] = max(worst[name], abs(own[name] - other[name]))
     with capsys.disabled():
         print(f"\n{case}: largest differences {worst}")
@@ -119,7 +119,7 @@ def test_losses_and_margins_agree(case: str, tmp_path: Path, capsys: Any) -> Non
     assert worst.get("rewards/accuracies", 0.0) < 1e-6 and worst["grad_norm"] < 1e-3
     assert worst["logps/chosen"] < 1e-3 and worst["logps/rejected"] < 1e-3
     moved = [line["rewards/margins"] for line in lines(ours)]
-    assert max(moved) - min(moved) > 0.01  # it has learned something: zeros agree too
+    assert max(moved) - min(moved) > 0.01  # the model has changed: zeros would agree too
     weights = zip(ours.model.parameters(), theirs.model.parameters(), strict=True)
     assert max((a - b).abs().max().item() for a, b in weights) < 1e-4
     assert all(map(math.isfinite, moved))
@@ -136,7 +136,7 @@ def test_losses_and_margins_agree(case: str, tmp_path: Path, capsys: Any) -> Non
     ids=lambda settings: "-".join(f"{name}={value}" for name, value in settings.items()),
 )
 def test_in_the_order_of_the_data(settings: dict[str, Any], tmp_path: Path) -> None:
-    """12 steps of rows of random lengths, in the order in which they are given, in an epoch and a half."""
+    """12 steps on rows of random lengths, in the given order, for one and a half epochs."""
     import datasets
 
     torch.set_num_threads(1)
@@ -169,7 +169,7 @@ def test_in_the_order_of_the_data(settings: dict[str, Any], tmp_path: Path) -> N
 
 
 def routed(kind: str, ours: bool, **settings: Any) -> Any:
-    """A trained mixture of experts, by our trainer or TRL's."""
+    """A mixture of experts trained by our trainer or TRL's."""
     import datasets
 
     rows = pairs()
@@ -214,7 +214,7 @@ def test_the_load_balancing_loss_agrees(kind: str, by: str, tmp_path: Path, caps
     for size in (
         4,
         1,
-    ):  # TRL's accumulates the losses of micro-batches: equal only where there is one
+    ):  # TRL's trainer accumulates the losses of micro-batches: equal only for one micro-batch
         ours = routed(
             kind, True, output_dir=str(tmp_path / str(size)), per_device_train_batch_size=size, **weight
         )  # fmt: skip

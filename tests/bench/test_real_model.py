@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct trained by ours and by TRL: its weights, tokenizer and template, float32.
+"""SmolLM2-135M-Instruct trained by our trainers and by TRL: its weights, tokenizer and template, float32.
 
-The template writes a system message where a row has none, and the padding token is the end token.
+The template adds a system message to rows without one, and the padding token is the end token.
 
     RPO_TRAINER_SMOLLM2=FOLDER python -m pytest tests/bench/test_real_model.py
 """
@@ -42,7 +42,7 @@ COMMON = {**SETTINGS, "bf16": False, "gradient_checkpointing": False}
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.freeze()  # each train() collects garbage, and would go through all imported libraries
+    gc.freeze()  # each train() collects garbage, which would scan all imported libraries
     yield
     torch.set_num_threads(before)
 
@@ -64,7 +64,7 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 def pairs(count: int) -> list[dict[str, Any]]:
-    """Every third row has a system message of its own, every fourth three turns."""
+    """Every third row has its own system message, every fourth has three turns."""
     rng = Random(0)
     rows = []
     for i in range(count):
@@ -131,14 +131,14 @@ def test_dpo_20_steps(tmp_path: Any, capsys: Any) -> None:
 
 
 def without_newline(row: dict[str, Any]) -> dict[str, list[int]]:
-    """TRL scores what the template writes after the end token; ours ends a response with that token."""
+    """TRL counts what the template writes after the end token; our responses end with that token."""
     cut = {name: row[name][:-1] for name in ("chosen_ids", "rejected_ids")}
     assert all(ids[-1] == END for ids in cut.values())
     return cut
 
 
 def test_sft_10_steps_on_the_assistants_words(tmp_path: Any, capsys: Any) -> None:
-    """TRL knows no training form of this template: it gets one with the assistant's part marked."""
+    """TRL has no training variant of this template: it gets one in which the assistant's part is marked."""
     settings = {**COMMON, "max_steps": 10, "learning_rate": 2e-5}
     rows = [{"messages": row["prompt"] + row["chosen"]} for row in pairs(10 * BATCH)]
     marked = tokenizer()

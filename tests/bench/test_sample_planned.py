@@ -1,4 +1,4 @@
-"""Sampling and the plan's memory: each script in its smallest setting; and the model with given lengths."""
+"""Sampling and planned memory: each script in its smallest setting, and a model with given lengths."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_sampling_against_transformers(tmp_path: Path) -> None:
     printed, line = run("sample.py", *SAMPLE, *options, folder=tmp_path)
     assert [case["k"] for case in line["cases"]] == [2, 3]
     for case in line["cases"]:
-        # Continuous batching runs or says why not; `generate` always runs.
+        # Continuous batching runs or reports why not; `generate` always runs.
         assert {*case["rates"], *case["skipped"]} == {"ours", "generate", "generate_batch"}
         assert {*case["ratios"]} == {*case["rates"]} - {"ours"}
         assert all(0 < mean <= 24 for mean in case["mean_length"].values())
@@ -62,7 +62,7 @@ def test_ours_alone_at_real_lengths(tmp_path: Path) -> None:
     ids=["full", "lora", "frozen float32"],
 )
 def test_planned_parts_are_the_measured_ones(options: list[str], tmp_path: Path) -> None:
-    """Of so small a model the peak is noise on a CPU; weights, gradients and optimizer are not."""
+    """On a CPU the peak of such a small model is noise; weights, gradients and optimizer state are not."""
     if options and importlib.util.find_spec("peft") is None:
         pytest.skip("needs PEFT")
     printed, line = run("planned.py", *PLANNED, *options, folder=tmp_path)
@@ -77,7 +77,7 @@ def test_planned_parts_are_the_measured_ones(options: list[str], tmp_path: Path)
 def test_responses_have_the_lengths_that_the_model_was_given(
     dtype: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever samples from it: here the logits alone, a token at a time."""
+    """The lengths do not depend on the sampler: here plain logits, token by token."""
     import common
     import lengths
 

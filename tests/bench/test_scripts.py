@@ -1,4 +1,4 @@
-"""Each benchmark runs in its smallest setting, prints what it promises and writes its line."""
+"""Each benchmark runs in its smallest setting, prints its documented output and writes its record."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ needs_trl = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="
 
 
 def run(script: str, *options: str, folder: Path) -> tuple[str, dict[str, Any]]:
-    """What a script prints, and the one line it appends."""
+    """Return the output of a script, and the one line that it appends."""
     file = folder / "out.jsonl"
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / script), *options, "--json", str(file)],
@@ -53,7 +53,7 @@ def test_ours_alone(script: str, tmp_path: Path) -> None:
     ("script", "peers"), [("step.py", {"trl"}), ("sft.py", {"trl-packed", "trl-padded"})]
 )
 def test_against_trl(script: str, peers: set[str], tmp_path: Path) -> None:
-    """Accumulated on both sides; equal losses show equal work."""
+    """With gradient accumulation on both sides; equal losses show equal work."""
     printed, line = run(script, *MODEL, *ROWS, folder=tmp_path)
     assert "ratio" in printed and set(line["ratios"]) == peers
     losses = list(line["losses"].values())
@@ -75,7 +75,7 @@ def test_compiled_against_not_compiled(tmp_path: Path) -> None:
 def test_sizes_are_those_of_the_models(
     size: str, count: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights counted, and the operations of a token against the weights that it is multiplied with."""
+    """Number of weights, and FLOPs per token from the weights that multiply it."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import common
 

@@ -1,4 +1,4 @@
-"""The tiny chain, run once, for the tests that look at it or spoil a copy of it."""
+"""The tiny chain, run once, for tests that inspect it or damage a copy of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.chain import tiny
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Sums do not depend on what else the machine does."""
+    """Use one thread, so that sums do not depend on other load of the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -23,13 +23,13 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of the whole chain, never interrupted. Not to be written to."""
+    """The run directory of the entire chain, never interrupted. Read-only."""
     return tiny.run(tmp_path_factory.mktemp("straight"))
 
 
 @pytest.fixture
 def finished_copy(finished: Path, tmp_path: Path) -> Path:
-    """The same with its recipe, in `tmp_path`, to do anything with."""
+    """A copy of the run with its recipe, in `tmp_path`, which may be changed."""
     shutil.copytree(finished, tmp_path / "run")
     tiny.write_recipe(tmp_path, tiny.tiny_recipe())
     return tmp_path / "run"
@@ -37,7 +37,7 @@ def finished_copy(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def prefix(finished: Path) -> Callable[[Path, str], Path]:
-    """A copy of the run as it was before a stage began, so that a test need not train up to it."""
+    """A copy of the run as it was before a stage began, so that tests do not have to train up to it."""
 
     def make(folder: Path, stage: str) -> Path:
         return tiny.cut_before(finished, folder / "run", stage)

@@ -1,15 +1,15 @@
-"""Ends a run at a point of one's choice: by an exception, or, in a process of its own, by SIGKILL.
+"""Ends a run at a given point: by an exception, or in a separate process by SIGKILL.
 
-Points, each of which is reached once at most:
+Points, each of which is reached at most once:
 
     begin:STAGE          before the stage does anything
     step:STAGE:N         in training, N steps done
     generated:N          N batches of responses sampled, in all stages together
-    file:PATH            a file of that path is about to be written, half of it is there
+    file:PATH            a file of that path is being written, and half of it exists
     replace:PATH         a staged file or folder is about to be renamed to it
-    replaced:PATH        it has just been
+    replaced:PATH        it has just been renamed
     saved:STAGE:STATE    chain.json has just been written with the stage in that state
-    evaluated:STAGE      held-out examples have been evaluated behind training, nothing is written yet
+    evaluated:STAGE      held-out examples have been evaluated after training, nothing is written yet
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-MARKER = "reached"  # beside the run directory: the point was reached
+MARKER = "reached"  # next to the run directory: the point was reached
 
 
 class Killed(BaseException):
-    """Not an Exception: nobody catches it, as nobody catches SIGKILL."""
+    """Not an Exception, so that nothing catches it, as nothing catches SIGKILL."""
 
 
 @contextlib.contextmanager
 def at(point: str, action: Callable[[], None]) -> Iterator[None]:
-    """Calls `action` when the run reaches `point`."""
+    """Call `action` when the run reaches `point`."""
     name, _, where = point.partition(":")
     with contextlib.ExitStack() as stack:
         for patch in _PATCHES[name](where, action):
@@ -92,7 +92,7 @@ def _generated(batches: str, action: Callable[[], None]) -> list[Any]:
 
 def _file(path: str, action: Callable[[], None]) -> list[Any]:
     import builtins
-    import io  # what pathlib opens with
+    import io  # pathlib opens with this function
 
     import safetensors.torch
     import torch
@@ -100,7 +100,9 @@ def _file(path: str, action: Callable[[], None]) -> list[Any]:
 
     def check(content: Any, file: Any, *args: Any, **kwargs: Any) -> None:
         if str(file).endswith(path):
-            half = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # not by what is patched
+            half = os.open(
+                file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            )  # not through the patched function
             os.write(half, b"half of a file")
             os.close(half)
             action()
@@ -165,7 +167,7 @@ _PATCHES = {
 
 
 def run_until(point: str, run: Callable[[], object]) -> None:
-    """Runs in this process until `point`; fails if it is not reached."""
+    """Run in this process until `point`; fails if it is not reached."""
 
     def kill() -> None:
         raise Killed

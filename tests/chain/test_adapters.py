@@ -1,4 +1,4 @@
-"""Adapters through a chain: merged or kept between stages, step-0 at each, resumed, read by other tools."""
+"""Adapters in a chain: merged or kept between stages, step-0 checks, resumed runs, other tools."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def assert_step_zero(run_dir: Path, stages: tuple[str, ...] = PREFERENCE) -> Non
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A chain of one adapter over random weights, from SFT to the second round of RPO."""
+    """A chain with one adapter on random weights, from SFT to the second round of RPO."""
     return tiny.run(tmp_path_factory.mktemp("kept"), adapted("code", KEEP))
 
 
@@ -83,13 +83,13 @@ def test_a_kept_adapter_goes_through_the_chain(kept: Path) -> None:
         } <= files
         assert "model.safetensors" not in files
         assert "library_name: peft" in (kept / name / "final" / "README.md").read_text()
-    # Each stage starts from the adapter of the one before: the first update is small, none begins anew.
+    # Each stage starts from the adapter of the previous one: the first update is small, none starts over.
     finals = [peft.load_peft_weights(str(kept / name / "final")) for name in tiny.STAGES]
     for before, after in itertools.pairwise(finals):
         a = torch.cat([before[n].flatten() for n in sorted(before)])
         b = torch.cat([after[n].flatten() for n in sorted(after)])
         assert 0 < (a - b).norm() < 0.6 * a.norm()
-    # The random base is written once, by the stage that began the adapter.
+    # The random base is written once, by the stage that created the adapter.
     assert [p.parent.name for p in sorted(kept.glob("*/base"))] == ["code"]
 
 
@@ -108,7 +108,7 @@ def test_a_kept_adapter_is_read_by_other_tools(kept: Path, monkeypatch: pytest.M
 
 
 def test_a_run_with_kept_adapters_can_be_moved(kept: Path, tmp_path: Path) -> None:
-    """The chain reads the base relative to the adapter; the absolute path is for other tools."""
+    """The chain reads the base by a path relative to the adapter; the absolute path is for other tools."""
     moved = shutil.copytree(kept, tmp_path / "run")
     for stage in ("general", "rpo-2"):
         assert adapter_files.base_of(moved / stage / "final") == str(moved / "code" / "base")
@@ -122,7 +122,7 @@ def test_a_run_with_kept_adapters_can_be_moved(kept: Path, tmp_path: Path) -> No
 def test_the_reference_is_the_adapter_as_the_stage_began(
     kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its cached log-probs are those of base + the adapter of the stage before, not of the base."""
+    """Its cached log-probs are those of the base with the previous stage's adapter, not of the base."""
     tiny.cut_before(kept, tmp_path / "cut" / "run", "rpo-1")
     seen: dict[str, Any] = {}
     train = chain_run.train_stage
@@ -138,7 +138,7 @@ def test_the_reference_is_the_adapter_as_the_stage_began(
 
     monkeypatch.setattr(chain_run, "train_stage", spy)
     tiny.run(tmp_path / "cut", adapted("code", KEEP), only={"rpo-1"})
-    assert seen["ref_model"] is None  # nothing extra in memory
+    assert seen["ref_model"] is None  # no additional memory
     assert not any("lora_" in name for name in seen["frozen"])
     base = AutoModelForCausalLM.from_pretrained(kept / "code" / "base")
     before = peft.PeftModel.from_pretrained(base, kept / "dpo" / "final")
@@ -157,7 +157,7 @@ def test_the_reference_is_the_adapter_as_the_stage_began(
 )
 def test_keep_resumed_is_keep_straight(point: str, kept: Path, tmp_path: Path) -> None:
     recipe = adapted("code", KEEP)
-    if "rpo-1" in point:  # what comes before is taken from the straight run
+    if "rpo-1" in point:  # the earlier stages are copied from the uninterrupted run
         tiny.cut_before(kept, tmp_path / "run", "rpo-1")
     run_until(point, lambda: tiny.run(tmp_path, recipe))
     tiny.run(tmp_path, recipe)
@@ -173,7 +173,7 @@ def test_the_base_of_an_adapter_is_watched(kept: Path, tmp_path: Path) -> None:
         tiny.run(tmp_path, adapted("code", KEEP))
 
 
-def test_merge_true_writes_the_merged_model_besides(
+def test_merge_true_writes_the_merged_model_too(
     kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.cut_before(kept, tmp_path / "run", "rpo-1")
@@ -202,7 +202,7 @@ def test_the_last_of_a_kept_chain_may_merge(kept: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(logps(merged), logps(both), rtol=0, atol=1e-4)
     kept_weights = peft.load_peft_weights(str(kept / "rpo-1" / "final"))
     for name, tensor in peft.load_peft_weights(str(run_dir / "rpo-1" / "adapter")).items():
-        assert torch.equal(tensor, kept_weights[name])  # what becomes of it does not change it
+        assert torch.equal(tensor, kept_weights[name])  # the rest of the run does not change it
 
 
 @pytest.mark.slow
@@ -241,7 +241,7 @@ def test_merge_re_bases_each_stage(finished: Path, before_general: Any, tmp_path
     run_until("step:rpo-1:2", lambda: tiny.run(tmp_path / "cut", recipe))
     run_dir = tiny.run(tmp_path / "cut", recipe)
     assert_step_zero(run_dir)
-    # Only the head of tied embeddings was adapted, so merging has taken them apart.
+    # Only the head of tied embeddings was adapted, so merging has untied them.
     first = AutoModelForCausalLM.from_pretrained(run_dir / "code" / "final")
     last = AutoModelForCausalLM.from_pretrained(run_dir / "rpo-2" / "final")
     embeddings = first.get_input_embeddings().weight
@@ -267,7 +267,7 @@ def test_a_start_that_changes_the_base(
     bases = sorted(p.parent.name for p in run_dir.glob("*/base"))
     assert bases == (["general"] if between == "keep" else ["dpo", "general", "rpo-1", "rpo-2"])
     assert all(verify_manifest(run_dir / name / "base") is None for name in bases)
-    # What the readers of the adapter get is what the stage has left.
+    # What readers of the adapter load equals what the stage has trained.
     folder = run_dir / "dpo" / ("final" if between == "keep" else "adapter")
     base = AutoModelForCausalLM.from_pretrained(adapter_files.base_of(folder))
     both = logps(peft.PeftModel.from_pretrained(base, folder))
@@ -288,7 +288,7 @@ def test_a_start_that_changes_the_base(
 @pytest.mark.long
 @pytest.mark.parametrize("between", ["merge", "keep"])
 def test_the_quickstart_with_adapters(between: str, tmp_path: Path) -> None:
-    """All six stages of the real recipe, smaller, its preference stages with an adapter."""
+    """All six stages of the real recipe, smaller; its preference stages have an adapter."""
     spec = f"{{r: 8, lora_alpha: 16, target_modules: all-linear, between_stages: {between}}}"
     sizes = [
         *(f"stages.{name}.max_steps=30" for name in ("code-sft", "general-sft")),
@@ -306,7 +306,7 @@ def test_the_quickstart_with_adapters(between: str, tmp_path: Path) -> None:
         files = {path.name for path in (run_dir / name / "final").iterdir()}
         assert (adapter_files.WEIGHTS in files) == (between == "keep")
         assert ("model.safetensors" in files) == (between == "merge")
-        # What a stage has learned is there when the next one samples from it.
+        # The next stage samples from what this stage has trained.
         assert records[name]["eval"]["reward_mean"] > 0
     margins = [m["rewards/margins"] for m in tiny.metrics(run_dir) if m["stage"] == "dpo"]
     assert margins[-1] > margins[0] and abs(margins[0]) < 1e-4
@@ -474,7 +474,7 @@ def test_merged_4_bits_are_the_start_of_what_trains_all_weights(
 
 
 def test_no_file_names_a_place(kept: Path) -> None:
-    """But for the base of an adapter, which PEFT finds by its absolute path alone."""
+    """Except for the base of an adapter, which PEFT only finds by its absolute path."""
     place = str(kept.parent)
     for path in kept.rglob("*.json*"):
         if path.name != adapter_files.CONFIG:

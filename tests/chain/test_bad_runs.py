@@ -1,4 +1,4 @@
-"""What a run directory and a run that goes on must get: a refusal with a way out, or the same weights."""
+"""Damaged run directories and changed recipes: refused with a fix, or resumed with the same weights."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ DIGEST = xxhash.xxh3_128_hexdigest(TEMPLATE.encode())[:12]
 def refused(
     code: str, folder: Path, recipe: tiny.Recipe | None = None, **settings: Any
 ) -> RPOTrainerError:
-    """The refusal of a run in `folder`/run; nothing in it has changed, and no model was loaded."""
+    """The error of a run in `folder`/run; nothing in it has changed, and no model was loaded."""
     before = tiny.content(folder / "run") if (folder / "run").is_dir() else {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chain_models, "load_model", None)
@@ -53,7 +53,7 @@ def refused(
 
 
 def assert_warned(caplog: pytest.LogCaptureFixture, shown: str) -> None:
-    """One warning about the cache of the reference names its place, and has cleared the record."""
+    """One warning about the reference cache names its path, and its record is reset."""
     found = [r for r in caplog.records if r.name == "rpo_trainer.step.reference"]
     assert [r.levelname for r in found if shown in r.getMessage()] == ["WARNING"]
     caplog.clear()
@@ -61,7 +61,7 @@ def assert_warned(caplog: pytest.LogCaptureFixture, shown: str) -> None:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a run of one RPO stage on a file, stopped behind step 2 of 3, two checkpoints kept."""
+    """A directory with a run of one RPO stage on a file, stopped after step 2 of 3, two checkpoints kept."""
     folder = tmp_path_factory.mktemp("stopped")
     run_until("step:rpo:2", lambda: tiny.run(folder, recipe_of(folder)))
     return folder
@@ -69,7 +69,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, never stopped."""
+    """The same run, never stopped."""
     folder = tmp_path_factory.mktemp("straight")
     return tiny.run(folder, recipe_of(folder))
 
@@ -83,7 +83,7 @@ def recipe_of(folder: Path) -> tiny.Recipe:
 
 @pytest.fixture
 def again(stopped: Path, tmp_path: Path) -> Path:
-    """A copy of the stopped run, to go on with."""
+    """A copy of the stopped run, to be resumed."""
     return shutil.copytree(stopped, tmp_path / "again")
 
 
@@ -111,7 +111,7 @@ def test_a_directory_in_use_names_who_holds_it(tmp_path: Path) -> None:
 def test_a_read_only_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(tmp_path)
     (tmp_path / "run").mkdir()
-    if os.geteuid() == 0:  # who may write everywhere: the file system has to say it
+    if os.geteuid() == 0:  # for a user who may write everywhere: the file system must report it
         own = Path.write_text
 
         def refuse(self: Path, *args: Any, **kwargs: Any) -> int:
@@ -147,7 +147,7 @@ def test_too_little_disk_for_the_plan(
         main([command, str(path), "--run-dir", str(tmp_path / "run")])
     shown = capsys.readouterr().err
     assert end.value.code == 2
-    # 3.4 M weights of 4 bytes; a checkpoint is three times that, two are kept and one is written.
+    # 3.4 M weights of 4 bytes; a checkpoint is three times that; two are kept and one is being written.
     assert re.search(r" 1\d\d MiB of .* 1 MiB .*\[run\.disk-full\]", shown), shown
     assert "rpo (output 1" in shown and "checkpoints " in shown
     assert "save_total_limit" in shown and "--run-dir" in shown
@@ -160,10 +160,10 @@ def test_too_little_disk_for_what_is_left(again: Path, monkeypatch: pytest.Monke
     assert " 0 MiB " in error.what
     there = sum(p.stat().st_size for p in (again / "run" / "rpo").rglob("*") if p.is_file())
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: Usage(2**40, 0, there))
-    tiny.run(again, recipe_of(again))  # what lies there already is counted off
+    tiny.run(again, recipe_of(again))  # files that exist already are subtracted
 
 
-# --- going on with something else ---
+# --- resuming with something else ---
 
 CHANGES: dict[str, tuple[Change, str, str]] = {
     "loss": (
@@ -195,11 +195,9 @@ def test_resume_with_another(case: str, again: Path, straight: Path) -> None:
     run_dir = tiny.run(again, change(recipe_of(again)), allow_changed=[key])
     (noted,) = json.loads((run_dir / CHAIN_FILE).read_text())["changes"]
     assert noted["key"] == key and noted["when"]
-    # It is computed with from there on; a template does nothing to rows that are plain text.
+    # It is used from here on; a template does not affect plain-text rows.
     assert (tiny.weights(run_dir) != tiny.weights(straight)) == (case != "template")
-    assert (
-        tiny.run(again, change(recipe_of(again))) == run_dir
-    )  # the next time there is no difference
+    assert tiny.run(again, change(recipe_of(again))) == run_dir  # the next start sees no difference
 
 
 def test_resume_with_another_text_in_the_template(again: Path) -> None:
@@ -261,7 +259,7 @@ def test_the_command_takes_the_keys(
 
 
 def test_a_learning_rate_that_is_allowed_is_the_one_that_is_used(again: Path) -> None:
-    """A checkpoint holds the old one, in its optimizer and in its schedule."""
+    """A checkpoint holds the old value, in its optimizer and in its schedule."""
     recipe = tiny.changed(recipe_of(again), "rpo.learning_rate", 1e-2)
     tiny.run(again, recipe, allow_changed=["stages.rpo.learning_rate"])
     rates = {m["step"]: m["learning_rate"] for m in tiny.metrics(again / "run") if "loss" in m}
@@ -282,7 +280,7 @@ def test_a_stage_output_deleted_or_edited(finished_copy: Path, tmp_path: Path) -
     assert "manifest.json" in refused("run.damaged-output", tmp_path).what
 
 
-# --- what is fine ---
+# --- what is accepted ---
 
 
 def test_changed_save_logging_and_report_settings(again: Path, straight: Path) -> None:
@@ -335,13 +333,13 @@ def test_a_damaged_or_half_written_last_checkpoint(
             lambda folder: began.append(int(str(own(folder))[-1])) or own(folder),
         )
         run_dir = tiny.run(again, recipe_of(again))
-    assert began == [1]  # the one before is used
+    assert began == [1]  # the previous one is used
     assert "checkpoint-2 is damaged" in caplog.text
     assert tiny.weights(run_dir) == tiny.weights(straight)
 
 
 def test_a_stale_lock(again: Path, straight: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A process that was killed has left its name; the lock itself has gone with it."""
+    """A killed process has left its name in the file; the lock itself was released."""
     (again / "run" / ".lock").write_text("")
     (again / "run" / ".lock-holder").write_text("process 1 on elsewhere")
     assert tiny.weights(tiny.run(again, recipe_of(again))) == tiny.weights(straight)
@@ -359,7 +357,7 @@ def test_a_stale_or_half_written_reference_cache(
     (part,) = (again / "run" / "reference-cache").rglob("part-*")
     keys = load_file(part)["keys"].tolist()
     part.unlink()
-    ReferenceCache(part.parent).add(dict.fromkeys(map(tuple, keys), -1.0))  # sound, and wrong
+    ReferenceCache(part.parent).add(dict.fromkeys(map(tuple, keys), -1.0))  # readable, but wrong
     copied = shutil.copytree(again, again.with_name("half"))
     assert tiny.weights(tiny.run(again, recipe_of(again))) == tiny.weights(straight)
     assert_warned(caplog, str(part.parent))
@@ -369,7 +367,7 @@ def test_a_stale_or_half_written_reference_cache(
     assert_warned(caplog, part.name)
 
 
-# --- what lies outside ---
+# --- outside the run directory ---
 
 
 @pytest.mark.parametrize("event", ["on_init_end", "on_train_begin", "on_log", "on_train_end"])
@@ -416,7 +414,7 @@ def test_a_hub_push_that_fails_at_the_end(
     assert "the hub is gone" in caplog.text
 
 
-# --- while it runs ---
+# --- during the run ---
 
 
 def test_a_second_signal_ends_at_once(injected: Injected) -> None:
@@ -495,12 +493,12 @@ def test_a_stage_that_skips_says_so_in_its_records(
     with raises("training.not-finite", NonFiniteError) as error:
         tiny.run(tmp_path / "stop", stop)
     assert "loss" in error.value.what and "step 2" in error.value.what
-    # What stopped may go on with `skip`: nothing was computed otherwise.
+    # A stopped run may be resumed with `skip`: the computed steps are the same.
     assert tiny.weights(tiny.run(tmp_path / "stop", recipe)) == tiny.weights(straight)
 
 
 def with_file(folder: Path, recipe: tiny.Recipe) -> Any:
-    """The stages of a recipe, and its data file where another folder's run finds it."""
+    """The stages of a recipe, and its data file at a path where a run in another directory finds it."""
     (folder / "straight").mkdir()
     shutil.copy(folder / "pairs.jsonl", folder / "straight")
     return recipe["stages"]

@@ -1,4 +1,4 @@
-"""Signals and metrics of a stage in training."""
+"""Signals and metrics of a stage during training."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_second_signal_ends_it_at_once() -> None:
         assert "SIGINT" in error.value.what
 
 
-def test_behind_the_output_signals_end_the_run_again() -> None:
+def test_after_the_output_signals_end_the_run_again() -> None:
     stop = StopOnSignal()
     with stop.installed():
         stop.on_train_begin(None, state(), TrainerControl())
@@ -79,7 +79,7 @@ def test_a_signal_whose_error_was_swallowed_is_not_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     class Noisy:
-        def __del__(self) -> None:  # errors in finalisers are only printed
+        def __del__(self) -> None:  # errors in finalizers are only printed
             send()
 
     stop = StopOnSignal()

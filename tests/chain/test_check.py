@@ -1,4 +1,4 @@
-"""`check`: everything that can be known without a model, all of it at once, nothing written."""
+"""`check`: all findings that need no model, reported together; nothing is written."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def problems(folder: Path, recipe: tiny.Recipe) -> Problems:
 
 
 def place(folder: Path, text: str) -> str:
-    """file:line of a text of the recipe."""
+    """Return file:line of a text of the recipe."""
     path = folder / "recipe.yaml"
     lines = path.read_text().splitlines()
     return f"{path}:{1 + next(i for i, line in enumerate(lines) if text in line)}"
@@ -54,7 +54,7 @@ def test_a_good_recipe_shows_examples_and_steps(
     make = transformers.PreTrainedModel.__init__
 
     def unread(*args: Any, **kwargs: Any) -> None:
-        if torch.get_default_device().type != "meta":  # of which only the size is looked at
+        if torch.get_default_device().type != "meta":  # only its size is read
             no_model()
         make(*args, **kwargs)
 
@@ -214,7 +214,7 @@ def a_reward_model(folder: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **kind}))
 
 
-# What is made, the code of the error, and what it names.
+# What is created, the code of the error, and what it names.
 MODELS: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "pickled weights only": (pickled, "model.pickled-weights", "(pytorch_model.bin)"),
     "no weights": (without_weights, "model.no-weights", ""),
@@ -239,7 +239,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], str, str]] = {
 @pytest.mark.parametrize("place_of", ["model", "init"])
 @pytest.mark.parametrize("case", MODELS)
 def test_a_model_with(case: str, place_of: str, tmp_path: Path) -> None:
-    """Before any weight is read; also that of a later stage, which would fail hours later."""
+    """Before any weight is read; also for a later stage, which would fail hours later."""
     make, code, named = MODELS[case]
     make(tmp_path / "mine")
     recipe = tiny.tiny_recipe()
@@ -309,7 +309,7 @@ def test_another_vocabulary_in_the_reference(tmp_path: Path) -> None:
 
 
 def saved_adapter(folder: Path, base: str) -> None:
-    """An adapter of the model in `folder/base`, which it names as `base`."""
+    """An adapter whose config names the model in `folder/base`."""
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     peft.get_peft_model(load_weights(folder / "base"), config).save_pretrained(folder)
     adapter_files.write_base(folder, base)
@@ -340,7 +340,7 @@ def test_adapters_are_seen_with_what_lies_below_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("responses_from", [None, "dpo"])
 def test_held_out_rows_of_a_stage_that_samples(responses_from: str | None, tmp_path: Path) -> None:
-    """They come with their responses, whatever the rows to train on come from."""
+    """They come with their responses, regardless of the source of the training rows."""
     recipe = tiny.tiny_recipe()
     stage = tiny.stage_of(recipe, "rpo")
     if responses_from is not None:
@@ -418,7 +418,7 @@ def test_a_run_directory_that_a_run_would_refuse(finished_copy: Path, tmp_path: 
 
 
 def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
-    """A warning, or an error where the recipe says so."""
+    """A warning, or an error if the recipe requires it."""
     recipe = tiny.tiny_recipe()
     data = tiny.stage_of(recipe, "code")["data"]
     data["eval"] = [tiny.task("code", "train", 8)]
@@ -429,7 +429,7 @@ def test_held_out_rows_that_are_trained_on(tmp_path: Path) -> None:
 
 
 def test_prompts_of_the_recipes_evaluation_that_are_trained_on(tmp_path: Path) -> None:
-    """Those of rows that are there, and those that responses will be sampled to."""
+    """Both for rows that exist and for prompts whose responses will be sampled."""
     recipe = tiny.tiny_recipe()
     recipe["eval"] = {
         "data": [tiny.task("general", "heldout", 5), tiny.task("general", "preference", 2, seed=1)],
@@ -465,7 +465,7 @@ def test_repeated_prompts_are_left_out(tmp_path: Path) -> None:
 def test_what_deserves_attention_is_a_warning_and_is_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By the report's limits: most rows dropped by max_length, a third tied, a column that is not read."""
+    """Most rows dropped by max_length, a third tied, a column that is not read."""
     pair = {"prompt": "a b: ", "chosen": "c", "rejected": "d", "rejected_reward": 0.0}
     rows = [
         {**pair, "prompt": f"{i}: ", "chosen": "c" * (90 if i < 8 else 1), "notes": "some words",
@@ -488,7 +488,7 @@ def test_what_deserves_attention_is_a_warning_and_is_counted(
     assert any("80% of " in w and "max_length 40 (8)" in w for w in warnings)
     assert any("50% of " in w and "tied" in w for w in warnings)
     assert any("notes" in w and "columns" in w for w in warnings)
-    assert any("temperature=0.5" in w for w in warnings)  # which transformers would not write
+    assert any("temperature=0.5" in w for w in warnings)  # which transformers would not save
     assert sum("warning" in line.lower() for line in shown.splitlines()[:-1]) == len(warnings)
     assert shown.endswith(f"{path}: OK, with {len(warnings)} warnings\n")
 
@@ -522,7 +522,7 @@ def test_max_length_beyond_the_context_of_another_model(field: str, tmp_path: Pa
     shown = str(problems(tmp_path, recipe))
     assert "[model.context-exceeded]" in shown
     assert "max_length 64" in shown and "./mine's" in shown and "32 tokens" in shown
-    # The rounds that start from it have its context too; one line of the recipe is at fault.
+    # The rounds that start from it have the same context; one line of the recipe causes the error.
     assert shown.endswith("1 problem found")
 
 

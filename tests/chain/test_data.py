@@ -1,4 +1,4 @@
-"""Rows of a stage: what they come from and when they are made again."""
+"""Rows of a stage: their sources, and when they are computed again."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def stages(folder: Path, recipe: tiny.Recipe | None = None) -> dict[str, Stage]:
 
 
 def preparer(folder: Path, found: dict[str, Stage] | None = None) -> StagePreparer:
-    """Of the recipe in the folder, or of other stages with its model."""
+    """The stages of the recipe in the directory, or other stages with its model."""
     made = StagePreparer(tiny.load(folder))
     made.stages = made.stages if found is None else list(found.values())
     return made
@@ -60,13 +60,13 @@ def made(
     weights: Any = lambda source: "weights",
     seed: int = 3,
 ) -> list[Any]:
-    """The rows of a stage whose responses a run makes."""
+    """The rows of a stage whose responses are generated in the run."""
     of_run = preparer(folder, found)
     of_run.recipe = of_run.recipe.model_copy(update={"seed": seed})
     policies: Any = SimpleNamespace(sampling_policy=policy, weights_key=weights)
     scored = ScoredRows(of_run, run or folder, policies)
     stage = found[name]
-    return of_run.rows(stage, Audit(), made=scored.rows(stage, Audit()))
+    return of_run.rows(stage, Audit(), scored_rows=scored.rows(stage, Audit()))
 
 
 def no_policy(*_: Any) -> Any:
@@ -98,13 +98,13 @@ def test_responses_are_sampled_once_and_read_again(finished: Path, tmp_path: Pat
     first = made(found, "dpo", tmp_path, policy=policy)
     again = made(found, "dpo", tmp_path, policy=no_policy)
     assert asked == [("dpo", "init")] and again == first
-    # What the run of the conftest has sampled from the same policy.
+    # The run of the conftest sampled them from the same policy.
     (mine,) = (tmp_path / "dpo").glob("generated-*.jsonl")
     (theirs,) = (finished / "dpo").glob("generated-*.jsonl")
     assert mine.read_text() == theirs.read_text()
     assert (
         len(list((tmp_path / "dpo").glob("*.jsonl"))) == 2
-    )  # the responses, and with their rewards
+    )  # the responses, and those with rewards
 
 
 @pytest.fixture
@@ -153,7 +153,7 @@ def test_another_scorer_scores_the_same_responses(sampled: Path) -> None:
 def test_repeated_prompts_left_out_are_other_rows_and_other_files(
     finished: Path, tmp_path: Path
 ) -> None:
-    """Neither sampled nor scored rows of the one setting serve the other."""
+    """Sampled and scored rows are not reused under another setting."""
 
     def policy(stage: Stage, source: str) -> Any:
         return load_weights(finished / "general" / "final"), character_tokenizer()
@@ -223,7 +223,7 @@ def test_rounds_sample_again_or_never(
             for name in ("rpo-1", "rpo-2")
         ]
         assert asked == sampling
-        # The second round of `each` draws other numbers, from what is the same policy here.
+        # The second round of `each` draws other random numbers, here from the same policy.
         assert (rounds[0] == rounds[1]) == (resample == "once")
     for work in ("[4/5 rpo-1] 48 of 48 rows sampled", "[5/5 rpo-2] 48 of 48 rows scored"):
         assert work in caplog.messages
@@ -242,7 +242,7 @@ def test_given_responses_are_scored_and_kept(tmp_path: Path) -> None:
     found = stages(tmp_path, recipe)
     mine = made(found, "dpo", tmp_path, policy=no_policy)
     assert [row["responses"][0] for row in mine] == [f"#### {n + 1}" for n in range(4)]
-    assert mine == rows(found["dpo"], tmp_path)  # what `check` and `plan` see
+    assert mine == rows(found["dpo"], tmp_path)  # what `check` and `plan` read
     assert [p.name.split("-")[0] for p in (tmp_path / "dpo").glob("*.jsonl")] == ["scored"]
 
 
@@ -279,7 +279,7 @@ def test_reward_scale_auto_follows_labels_that_go_against_the_rewards(tmp_path: 
         for i in range(40)
     ]  # fmt: skip
     _, audit, kept = rpo_on(lines, tmp_path, filter={"reversed": "drop"})
-    assert len(kept) == 30  # the labels are read before the filter
+    assert len(kept) == 30  # labels are read before the filter
     assert audit.calibration["method"] == "labels"
     assert audit.calibration["reward_scale"] == pytest.approx(math.log(3) / 2, rel=1e-3)
 
@@ -395,7 +395,7 @@ def test_reversed_pairs_get_in_held_out_rows_what_the_filter_says(
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     recipe = tiny.tiny_recipe()
     data: dict[str, Any] = {"train": [{"path": "held.jsonl"}], "eval": [{"path": "held.jsonl"}]}
-    if policy is not None:  # the threshold is for what is trained on
+    if policy is not None:  # the threshold applies to training rows
         data["filter"] = {"reversed": policy, "min_chosen_reward": 99.0}
     tiny.stage_of(recipe, "dpo")["data"] = data
     stage = stages(tmp_path, recipe)["dpo"]

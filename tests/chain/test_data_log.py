@@ -1,4 +1,4 @@
-"""Log lines on the data of stages: all of them once, one line for a stage with the same data."""
+"""Log lines about the data of stages: each is logged once, in one line for stages with the same data."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_new_finding_brings_all_lines(
     assert "blank" in again[1].getMessage() and "blank" not in first[1].getMessage()
 
 
-def test_other_data_is_told_in_full(
+def test_other_data_is_reported_in_full(
     stages: dict[str, Stage], caplog: pytest.LogCaptureFixture
 ) -> None:
     data = DataLog()

@@ -1,4 +1,4 @@
-"""The dtypes of a chain: of what is delivered, of what the next stage starts from, of frozen weights."""
+"""The dtypes of a chain: of outputs, of the start of the next stage, and of frozen weights."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def half_begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.run(tmp_path_factory.mktemp("half"), short(save_dtype="bfloat16"), only=["code"])
 
 
-# --- what is delivered ---
+# --- outputs ---
 
 
 def test_the_next_stage_starts_from_exact_weights(
     exact: Path, half_begun: Path, tmp_path: Path
 ) -> None:
-    """A chain that saves bfloat16 trains as one that saves float32: sampled pairs and losses agree."""
+    """A chain that saves bfloat16 trains like one that saves float32: sampled pairs and losses agree."""
     code = half_begun / "code"
     assert stored_dtype(code / "final") == BF16 and stored_dtype(code / "exact") == torch.float32
     assert AutoModelForCausalLM.from_pretrained(code / "final").dtype == BF16
@@ -77,7 +77,7 @@ def test_the_next_stage_starts_from_exact_weights(
     run_dir = tiny.run(tmp_path, short(save_dtype="bfloat16"))
     assert losses(run_dir, "dpo") == losses(exact, "dpo")
     assert not (run_dir / "code" / "exact").exists()  # no stage will read it
-    assert not (run_dir / "dpo" / "exact").exists()  # none ever does
+    assert not (run_dir / "dpo" / "exact").exists()  # no stage ever reads it
     records = tiny.records(run_dir)
     assert {name: record["output"]["dtype"] for name, record in records.items()} == {
         "code": "bfloat16", "dpo": "bfloat16",
@@ -106,7 +106,7 @@ def test_what_seeds_the_next_stage_is_verified(harm: str, half_begun: Path, tmp_
 
 
 def test_by_default_the_dtype_of_the_loaded_model_is_delivered(exact: Path, tmp_path: Path) -> None:
-    """A model in bfloat16 comes back in bfloat16; its first stage is trained in float32 all the same."""
+    """A bfloat16 model is delivered in bfloat16; its first stage is still trained in float32."""
     assert stored_dtype(exact / "code" / "final") == torch.float32  # of random weights
     recipe = short(("code",))
     source = AutoModelForCausalLM.from_pretrained(exact / "code" / "final", dtype=BF16)
@@ -166,14 +166,14 @@ def test_disk_counts_what_is_there_at_once(tmp_path: Path) -> None:
     for stage in plan.stages:
         assert stage.disk["output"] == 2 * n
         assert ("exact" in stage.disk) == (stage.name != "dpo")
-    # While `general` is written, there are the exact weights of `code` and its own.
+    # While `general` is written, the exact weights of `code` and its own exist.
     disks = {stage.name: stage.disk for stage in plan.stages}
     rest = sum(s.disk["output"] + s.disk.get("reference cache", 0) for s in plan.stages)
     saving = disks["dpo"]["saving"]
     assert saving == 4 * n and together(disks, plan.exact_until) == rest + 8 * n + saving
 
 
-# --- what is frozen ---
+# --- frozen weights ---
 
 
 @pytest.mark.parametrize("between", ["merge", "keep"])
@@ -212,7 +212,7 @@ def test_rounding_a_base_is_a_warning(
 def test_deepspeed_holds_rounded_weights_in_float32(
     exact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The same values, so that the engine does not change the model; `plan` counts them so."""
+    """The values are the same, so that the engine does not change the model; `plan` counts them so."""
     shutil.copytree(exact, tmp_path / "run")
     recipe = adapted(short(), "dpo")
     recipe["model"]["dtype"] = "bfloat16"
@@ -221,7 +221,7 @@ def test_deepspeed_holds_rounded_weights_in_float32(
     held = models.start(preparer.stages[1]).state_dict()
     models.one_dtype = True
     rounded = models.start(preparer.stages[1]).state_dict()
-    for name, weight in rounded.items():  # PEFT draws an adapter in the dtype of its base
+    for name, weight in rounded.items():  # PEFT initializes an adapter in the dtype of its base
         same = "lora_" in name or torch.equal(weight, held[name].float())
         assert weight.dtype == torch.float32 and same, name
     assert "DeepSpeed" in caplog.text

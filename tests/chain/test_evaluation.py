@@ -1,4 +1,4 @@
-"""What `eval` measures after a stage: responses, pairs, rows and tasks, against a baseline."""
+"""`eval` after a stage: responses, pairs, rows and tasks, compared with a baseline."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def recipe_with(folder: Path, **spec: Any) -> dict[str, Any]:
-    """The tiny chain, measured on held-out pairs and rows of two files."""
+    """The tiny chain, evaluated on held-out pairs and rows of two files."""
     recipe = tiny.tiny_recipe()
     recipe["eval"] = {
         "preferences": [{"path": write(folder / "pairs.jsonl", pairs())}],
@@ -63,7 +63,7 @@ def recipe_with(folder: Path, **spec: Any) -> dict[str, Any]:
 
 
 def logp(model: Any, prompt: str, response: str, *, end: bool = True) -> float:
-    """Of the response's tokens and its end token, by a plain forward."""
+    """Sum over the response's tokens and its end token, by a plain forward."""
     tokenizer = character_tokenizer()
     before = tokenizer(prompt)["input_ids"]
     after = tokenizer(response, add_special_tokens=False)["input_ids"]
@@ -77,7 +77,7 @@ def logp(model: Any, prompt: str, response: str, *, end: bool = True) -> float:
 
 @pytest.fixture(scope="module")
 def measured(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished chain whose last round was measured in every way that needs nothing from elsewhere."""
+    """A finished chain whose last round was evaluated in every way that needs no external service."""
     folder = tmp_path_factory.mktemp("measured")
     run_dir = tiny.cut_before(finished, folder / "run", "rpo-2")
     recipe = recipe_with(
@@ -96,7 +96,7 @@ def test_responses_are_scored_and_compared_with_the_baseline(measured: Path) -> 
     assert (found["prompts"], found["responses"], found["scorer"]) == (
         5, 10, "verifier partial_match",
     )  # fmt: skip
-    assert found["baseline"] == "general"  # what the first preference stage starts from
+    assert found["baseline"] == "general"  # the start of the first preference stage
     assert 0 <= found["win_rate"]["low"] <= found["win_rate"]["value"] <= found["win_rate"]["high"]
     kept = {p.name.split("-")[0] for p in (measured / "evaluation").iterdir()}
     assert kept == {"responses", "rewards", "logps"}
@@ -107,7 +107,7 @@ def test_responses_are_scored_and_compared_with_the_baseline(measured: Path) -> 
     assert len((measured / "rpo-2" / "samples.jsonl").read_text().splitlines()) == 5
     assert not (
         measured / "rpo-2" / "baseline-samples.jsonl"
-    ).exists()  # of a stage, which has its own
+    ).exists()  # for a stage, which has its own evaluation
 
 
 def test_samples_have_lengths_and_log_ratios_of_plain_forwards(measured: Path) -> None:
@@ -188,7 +188,7 @@ def test_what_was_sampled_and_computed_is_not_made_again(
     content = json.loads(state.read_text())
     before = content["stages"][-1].pop("eval")
     del content["digest"]
-    content["stages"][-1]["state"] = "running"  # as if it had been killed behind its last step
+    content["stages"][-1]["state"] = "running"  # as if it had been killed after its last step
     state.write_text(json.dumps(content))
     monkeypatch.setattr(evaluate, "respond", lambda *_, **__: pytest.fail("sampled again"))
     monkeypatch.setattr(evaluation, "dataset_logprobs", lambda *_, **__: pytest.fail("computed"))
@@ -217,7 +217,7 @@ def test_the_default_baseline(tmp_path: Path) -> None:
 def measured_at(
     answer: Any, finished: Path, folder: Path, score: str, **settings: Any
 ) -> dict[str, Any]:
-    """What the last round's responses get from an endpoint, against those of the first stage."""
+    """Rewards of an endpoint for the last round's responses, compared with those of the first stage."""
     tiny.cut_before(finished, folder / "run", "rpo-2")
     with serving(answer) as server:
         recipe = tiny.tiny_recipe()
@@ -246,12 +246,12 @@ def test_a_reward_endpoint_scores_policy_and_baseline(finished: Path, tmp_path: 
     share = sum(wins) / len(wins)
     mine = means.index(pytest.approx(found["reward_mean"]))
     assert found["win_rate"]["value"] == pytest.approx(1 - share if mine else share)
-    assert "exact" not in found or found["exact"] is None  # no reward is the highest there is
+    assert "exact" not in found or found["exact"] is None  # no reward is the highest
 
 
 def test_a_judge_gives_a_win_rate_and_what_is_undecided(finished: Path, tmp_path: Path) -> None:
     def always_first(request: dict[str, Any], _: int) -> Answer:
-        return Answer("[[A]]")  # it turns with the order: no verdict at all
+        return Answer("[[A]]")  # the verdict changes with the order: undecided
 
     def longer(request: dict[str, Any], _: int) -> Answer:
         text = request["messages"][0]["content"]
@@ -347,7 +347,7 @@ def test_tasks_that_cannot_be_run_are_found_by_check(tmp_path: Path) -> None:
         with pytest.raises(Problems) as caught:
             check_recipe(tiny.load(tmp_path, recipe), tmp_path / "run")
         assert caught.value.exit_code == 2
-        (problem,) = caught.value.problems  # not once a stage
+        (problem,) = caught.value.problems  # not once per stage
         return problem
 
     unknown = found(tasks=["count_down"])
@@ -409,7 +409,7 @@ def test_the_baseline_from_before_the_run_is_measured_too(tmp_path: Path) -> Non
     theirs = found["of_baseline"]
     assert theirs["reward_mean"] != found["reward_mean"] and theirs["responses"] == 8
     assert set(theirs["preferences"]) == {"pairs", "ranked"}
-    untrained = math.log(len(character_tokenizer()))  # all tokens alike
+    untrained = math.log(len(character_tokenizer()))  # all tokens are equal
     assert theirs["nll_by_source"]["one.jsonl"]["value"] == pytest.approx(untrained, rel=0.05)
 
     page = build_report(run_dir).read_text(encoding="utf-8")

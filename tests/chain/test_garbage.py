@@ -1,4 +1,4 @@
-"""Collections leave out what was there, free what is made inside, and are as before at the end."""
+"""Collections skip existing objects, free objects created inside, and are restored at the end."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Ring:
 
 @pytest.fixture(autouse=True)
 def nothing_frozen() -> Iterator[None]:
-    """The suite has frozen what it loads: here as in a process of its own."""
+    """Run in a separate process, because the test suite has already frozen what it loads."""
     gc.unfreeze()
     yield
     gc.freeze()
@@ -69,5 +69,5 @@ def test_a_process_that_has_frozen_its_own_is_left_alone() -> None:
         assert gone() is not None  # frozen with the others
     gc.collect()
     assert gone() is not None
-    # Frozen objects that nobody refers to any more go one by one: some may have.
+    # Frozen objects without references are freed one by one.
     assert count * 0.99 < gc.get_freeze_count() <= count

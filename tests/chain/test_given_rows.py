@@ -1,4 +1,4 @@
-"""`score` and `pairs` on rows that come with their responses: nothing of a recipe is left unread."""
+"""`score` and `pairs` on rows that come with their responses: every field of the recipe is read."""
 
 from __future__ import annotations
 

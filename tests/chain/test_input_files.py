@@ -1,4 +1,4 @@
-"""Inputs of a run that change while it stands still: refused at the next start, or allowed by their key."""
+"""Inputs of a run that change between two starts: refused at the next start, or allowed by their key."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write(path: Path, content: Any) -> None:
 
 
 def everything(folder: Path) -> tiny.Recipe:
-    """A recipe that names an input in every way there is; its models are one small file each."""
+    """A recipe that names an input in every possible way; its models are one small file each."""
     for name in MODELS:
         write(folder / name / "config.json", {"model_type": "llama", "name": name})
         write(folder / name / "model-00001-of-00001.safetensors", f"weights of {name}")
@@ -85,7 +85,7 @@ def everything(folder: Path) -> tiny.Recipe:
 
 
 def begun(folder: Path, loaded: LoadedRecipe) -> None:
-    """A run whose stages have both begun."""
+    """A run in which both stages have begun."""
     stages = expand_stages(loaded.recipe)
     state = ChainState(folder / "run")
     state.adopt(*plain(loaded.recipe, stages, loaded.base_dir))
@@ -106,7 +106,7 @@ def again(folder: Path, loaded: LoadedRecipe, *allowed: str) -> ChainState:
 
 
 def rewrite(path: Path) -> None:
-    """Other content of the same size, with the time of the old one."""
+    """Write other content of the same size, with the old modification time."""
     before = path.stat()
     text = path.read_text()
     path.write_text(text[:-4] + ("x" if text[-4] != "x" else "y") + text[-3:])
@@ -162,7 +162,7 @@ def test_a_changed_input_is_refused_unless_its_key_is_allowed(file: str, tmp_pat
         change.key.startswith(FILES[file]) and change.old != change.new for change in state.changes
     )
     state.save()
-    assert len(again(tmp_path, loaded).changes) == len(state.changes)  # taken over
+    assert len(again(tmp_path, loaded).changes) == len(state.changes)  # accepted
 
 
 def test_files_that_come_and_go_are_changes(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_stages_that_have_not_begun_take_what_is_there(tmp_path: Path) -> None:
     state = ChainState(tmp_path / "run")
     state.stages[1].state = "pending"
     state.save()
-    rewrite(tmp_path / "other" / "config.json")  # of the second stage alone
+    rewrite(tmp_path / "other" / "config.json")  # of the second stage only
     assert not again(tmp_path, loaded).changes
 
 
@@ -202,7 +202,7 @@ def test_an_input_that_cannot_be_allowed_by_a_key_of_nothing(tmp_path: Path) -> 
         again(tmp_path, loaded, "eval.absent")
 
 
-# --- a file is not read again while nothing is written to it ---
+# --- an unchanged file is not read again ---
 
 
 def test_a_file_that_was_not_written_to_is_not_read_again(
@@ -238,7 +238,7 @@ def test_another_file_under_the_name_is_read(
     assert known_digest(path, kept)["digest"] != kept["digest"]
 
 
-# --- models and data sets of the hub ---
+# --- models and data sets on the hub ---
 
 
 def on_the_hub(folder: Path) -> tiny.Recipe:
@@ -321,7 +321,7 @@ def test_the_commit_is_that_of_the_cache_without_a_network(
     assert changed_parts(before, now) == {"some/model (commit)": commits}
 
 
-# --- of a whole run ---
+# --- of an entire run ---
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Killed anywhere and run again: bitwise the weights of the run that never was."""
+"""Killed at any point and resumed, a run has bitwise the weights of the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.conftest import Injected
 
 
 def last_step(run_dir: Path, stage: str) -> int:
-    """Of the last complete checkpoint; 0 without one."""
+    """Step of the last complete checkpoint; 0 without one."""
     found = checkpoint.last_complete(run_dir / stage)
     return 0 if found is None else int(found.name.split("-")[1])
 
@@ -29,7 +29,7 @@ def last_step(run_dir: Path, stage: str) -> int:
 def assert_like_straight(
     run_dir: Path, finished: Path, stages: Sequence[str] = tiny.STAGES
 ) -> None:
-    """Weights, state, and every logged step once."""
+    """Compare weights and state; every step is logged once."""
     found, expected = tiny.weights(run_dir), tiny.weights(finished)
     after, straight = tiny.records(run_dir), tiny.records(finished)
     for name in stages:
@@ -47,9 +47,9 @@ def assert_like_straight(
     assert not list(run_dir.glob("*/.final")) and not list(run_dir.glob("*/.staging"))
 
 
-# --- in this process, by an exception, from the stage concerned on ---
+# --- in this process, by an exception, from the affected stage on ---
 
-# The point, the stage it is in, the last complete checkpoint there, and whether there is an output.
+# The point, its stage, the last complete checkpoint at that point, and whether there is an output.
 POINTS = [
     ("replace:run/chain.json", "code", 0, False),
     ("replace:run/recipe.yaml", "code", 0, False),
@@ -85,7 +85,7 @@ POINTS = [
     ("file:rpo-2/.staging/checkpoint-2/model.safetensors", "rpo-2", 1, False),
     ("step:rpo-2:1", "rpo-2", 1, False),
 ]
-# Of each kind of point one or two; the others are slow tests.
+# One or two points of each kind; the others are slow tests.
 FAST = {
     "step:code:4", "evaluated:code", "file:general/.staging/checkpoint-3/optimizer.pt",
     "replace:general/checkpoint-3", "file:general/.final/model.safetensors",
@@ -109,7 +109,7 @@ def test_stopped_and_run_again(
     point: str, stage: str, step: int, output: bool, finished: Path, prefix: Any, tmp_path: Path,
     injected: Injected,
 ) -> None:  # fmt: skip
-    # The other stages are taken from the straight run; the slow tests run all of them.
+    # The other stages are copied from the uninterrupted run; the slow tests run all of them.
     run_dir = prefix(tmp_path, stage)
     run_until(point, lambda: tiny.run(tmp_path, only={stage}))
     assert_stopped_there(run_dir, stage, step, output)
@@ -146,9 +146,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_removed(
     run_dir = prefix(tmp_path, "rpo-1")
     recipe = tiny.changed(tiny.tiny_recipe(), "rpo.save_total_limit", 3)
     run_until("step:rpo-1:2", lambda: tiny.run(tmp_path, recipe))
-    for step in (1, 2):  # both: the stage starts again
+    for step in (1, 2):  # both: the stage starts over
         (run_dir / "rpo-1" / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"x")
-    # A damaged later one must not make the rotation remove the good ones that come now.
+    # A damaged later one must not make the rotation remove the intact ones that follow.
     run_until("step:rpo-1:1", lambda: tiny.run(tmp_path))
     assert "checkpoint-2 is damaged" in caplog.text
     assert last_step(run_dir, "rpo-1") == 1
@@ -171,7 +171,7 @@ def test_a_damaged_reference_cache_is_computed_again(
     injected("reference cache of dpo, cut", "survived")
 
 
-def test_a_line_of_metrics_that_was_cut_is_mended(
+def test_a_line_of_metrics_that_was_cut_is_repaired(
     finished: Path, prefix: Any, tmp_path: Path, injected: Injected
 ) -> None:
     run_dir = prefix(tmp_path, "dpo")
@@ -183,7 +183,7 @@ def test_a_line_of_metrics_that_was_cut_is_mended(
     injected("a line of metrics.jsonl cut", "survived")
 
 
-# --- by SIGKILL, in a process of its own, the whole chain ---
+# --- by SIGKILL, in a separate process, the entire chain ---
 
 
 @pytest.mark.slow
@@ -205,9 +205,9 @@ def test_killed_and_run_again(
 
 @pytest.mark.slow
 def test_killed_at_random_moments(finished: Path, tmp_path: Path, injected: Injected) -> None:
-    """One chain, killed again and again wherever it happens to be, until it comes to its end."""
+    """One chain, killed repeatedly at arbitrary points until it finishes."""
     seed = int(os.environ.get("KILL_SEED", time.time_ns() % 10**6))
-    print(f"KILL_SEED={seed}")  # shown with a failure, which can then be looked into
+    print(f"KILL_SEED={seed}")  # shown with a failure, for analysis
     draw = random.Random(seed)
     tiny.write_recipe(tmp_path, tiny.tiny_recipe())
     kills: list[float] = []
@@ -217,7 +217,7 @@ def test_killed_at_random_moments(finished: Path, tmp_path: Path, injected: Inje
             kills.append(moment)
         elif kills:
             break
-        else:  # it came to its end before the first kill: a fast machine
+        else:  # it finished before the first kill: a fast machine
             shutil.rmtree(tmp_path / "run")
             latest = max(1.0, latest / 2)
     assert in_process(tmp_path, None) == 0, (tmp_path / "output").read_text()
@@ -230,13 +230,13 @@ def test_killed_at_random_moments(finished: Path, tmp_path: Path, injected: Inje
 def test_killed_in_training_and_while_sampling(
     finished: Path, tmp_path: Path, injected: Injected
 ) -> None:
-    """Two of the slow matrix, for the fast suite."""
+    """Two points of the slow matrix, for the fast suite."""
     tiny.write_recipe(tmp_path, tiny.tiny_recipe())
     for point in ("step:general:3", "generated:5"):
         assert in_process(tmp_path, point) == -signal.SIGKILL, (tmp_path / "output").read_text()
         assert (tmp_path / MARKER).read_text() == point
     holder = (tmp_path / "run" / ".lock-holder").read_text()
-    assert holder.startswith("process ")  # nobody could clean up
+    assert holder.startswith("process ")  # nothing could clean up
     assert tiny.records(tmp_path / "run")["dpo"]["state"] == "done"
     assert in_process(tmp_path, None) == 0, (tmp_path / "output").read_text()
     assert_like_straight(tmp_path / "run", finished)
@@ -261,7 +261,7 @@ def test_stopped_by_a_signal_in_training(
     output = (tmp_path / "output").read_text()
     assert "[run.stopped-by-signal]" in output and "Traceback" not in output
     assert number.name in output
-    assert_stopped_there(run_dir, "general", 3, False)  # the step in hand is finished
+    assert_stopped_there(run_dir, "general", 3, False)  # the current step is finished
     assert tiny.records(run_dir)["general"]["state"] == "running"
     seconds = tiny.records(run_dir)["general"]["seconds"]
     assert seconds > 0
@@ -283,7 +283,7 @@ def test_stopped_by_a_second_signal_within_a_step(
 
     with at("step:general:2", twice), pytest.raises(StoppedBySignal, match="SIGINT"):
         tiny.run(tmp_path, only={"general"})
-    assert_stopped_there(run_dir, "general", 2, False)  # the step in hand is not finished
+    assert_stopped_there(run_dir, "general", 2, False)  # the current step is not finished
     tiny.run(tmp_path, only={"general"})
     assert_like_straight(run_dir, finished, ["general"])
     injected("SIGINT twice at step:general:2", "survived")
@@ -315,11 +315,11 @@ def test_stopped_by_a_signal_outside_of_training(
 @pytest.mark.parametrize(
     "point", ["evaluated:code", pytest.param("replace:code/final", marks=pytest.mark.slow)]
 )
-def test_behind_the_last_step_the_output_is_still_written(
+def test_after_the_last_step_the_output_is_still_written(
     point: str, finished: Path, tmp_path: Path, injected: Injected
 ) -> None:
     recipe = tiny.tiny_recipe()
-    recipe["defaults"]["save_steps"] = None  # there is no checkpoint to fall back on
+    recipe["defaults"]["save_steps"] = None  # there is no checkpoint to resume from
     tiny.write_recipe(tmp_path, recipe)
     assert in_process(tmp_path, point, signal.SIGTERM) == 75
     run_dir = tmp_path / "run"

@@ -1,4 +1,4 @@
-"""Chains whose rows are made by a reward model of the chain, by endpoints, and at an η of their own."""
+"""Chains whose rows are scored by a reward model of the chain or by endpoints, with a fitted η."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.rewards.test_judge import by_length
 
 
 def recipe_with(score: dict[str, Any], **generate: Any) -> dict[str, Any]:
-    """SFT → a reward model on pairs → RPO twice on responses that it scores, at a fitted η."""
+    """SFT → a reward model on pairs → RPO twice on responses that it scores, with a fitted η."""
     recipe = tiny.tiny_recipe()
     code, rpo = tiny.stage_of(recipe, "code"), tiny.stage_of(recipe, "rpo")
     rm = {
@@ -68,7 +68,7 @@ def test_a_reward_model_of_the_chain_scores_its_rounds(tmp_path: Path) -> None:
 
 
 def test_rewards_in_other_units_train_the_same_policy(finished: Path, tmp_path: Path) -> None:
-    """With a fitted η; with a given one they would not, and the targets are said to be saturated."""
+    """Only with a fitted η; with a fixed one, the targets are reported as saturated."""
     rows = rows_of(finished, "rpo-1")
     made, remarks = {}, {}
     for name, unit, eta in (("one", 1, "auto"), ("hundred", 100, "auto"), ("given", 100, 1.0)):
@@ -107,7 +107,9 @@ def test_several_policies_and_endpoints_with_a_judge(
         if count == 0:
             return refused(503)
         if "prompt" in request:
-            return Answer("x" * (request["seed"] % 7 + 6))  # longer than the policies' can be
+            return Answer(
+                "x" * (request["seed"] % 7 + 6)
+            )  # longer than the policies' responses can be
         return by_length(request, count)
 
     with serving(answer) as server:
@@ -123,7 +125,7 @@ def test_several_policies_and_endpoints_with_a_judge(
     found = tiny.records(run_dir)
     first, second = (found[f"rpo-{n}"]["data"]["fingerprint"] for n in (1, 2))
     assert first == second
-    # How partial the judge is, is said of every stage that learns from it.
+    # The judge's biases are reported for every stage that trains on its verdicts.
     said = found["rpo-1"]["data"]["audit"]["judge"]
     assert said == found["rpo-2"]["data"]["audit"]["judge"] == biases(rows)
     assert said["comparisons"] == 3 * len(rows) and said["longer_wins"] == 1.0
@@ -166,7 +168,7 @@ def test_an_endpoint_that_refuses_leaves_a_run_that_goes_on(tmp_path: Path) -> N
         ({"verifier": "instructions"}, "verifier.missing-column", "`instruction_id_list`"),
     ],
 )
-def test_what_can_be_known_is_said_before_the_run(
+def test_what_can_be_known_is_reported_before_the_run(
     score: dict[str, Any], code: str, shown: str, tmp_path: Path
 ) -> None:
     write_pairs(tmp_path)

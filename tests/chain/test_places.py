@@ -1,4 +1,4 @@
-"""`check`, `preview`, `plan` and `run` say the same of the same fault: what, and where in the recipe."""
+"""`check`, `preview`, `plan` and `run` report the same fault equally, with its place in the recipe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLED = {"prompt": "p", "responses": ["a", "b"], "sampling": {}}
 
 
 def faults(folder: Path, loaded: LoadedRecipe) -> dict[str, str]:
-    """What each command says first."""
+    """The first error line of each command."""
     found = {}
     for name, command in {
         "check": lambda: check_recipe(loaded, folder / "run"),
@@ -73,7 +73,7 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_fault_that_only_the_run_can_find(tmp_path: Path) -> None:
-    """The rows are gone between two stages: the place is said all the same."""
+    """The rows are deleted between two stages: the place is still reported."""
     recipe = tiny.tiny_recipe()
     recipe["stages"] = recipe["stages"][:2]
     rows = tmp_path / "rows.jsonl"

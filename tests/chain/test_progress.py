@@ -1,4 +1,4 @@
-"""Progress of a chain: bars in a terminal, plain lines elsewhere, nothing on other ranks."""
+"""Progress of a chain: bars in a terminal, plain lines elsewhere, none on other ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Seconds pass when a test says so."""
+    """A clock that only tests advance."""
     now = SimpleNamespace(value=100.0)
     fake = SimpleNamespace(monotonic=lambda: now.value)
     monkeypatch.setattr(progress, "time", fake)
@@ -144,7 +144,7 @@ def test_a_terminal_that_cannot_redraw_gets_lines(
 
 
 def test_lines_of_every_library_go_above_the_bars(clock: Any) -> None:
-    """Handlers that hold the stream itself, as those of libraries do, and plain prints."""
+    """Handlers that hold the stream itself, like those of libraries, and plain prints."""
     other, screen = logging.getLogger("some_library"), Terminal()
     handler = logging.StreamHandler(screen)
     other.addHandler(handler)
@@ -160,7 +160,7 @@ def test_lines_of_every_library_go_above_the_bars(clock: Any) -> None:
             other.warning("after the bars")
     finally:
         other.removeHandler(handler)
-    # Each begins at the left: the display is erased before it, and drawn again below it.
+    # Each starts in the first column: the display is erased before it, and drawn again below it.
     for line in ("a line of a library", "a printed line"):
         before, after = drawn.split(line)
         assert before.endswith(("\x1b[2K", "\r", "\n")) or re.search(r"\x1b\[\dK$", before), before
@@ -206,7 +206,7 @@ def test_the_chain_does_not_move_back_while_a_stage_is_evaluated(clock: Any) -> 
     chain = chain_at(3)
 
     def filled() -> int:
-        """Columns of the chain's bar up to where it is."""
+        """Number of filled columns of the chain's bar."""
         bar = [p for p in terminal.console().render_lines(chain.render())[1] if "━" in p.text]
         return len(bar[0].text)
 

@@ -26,7 +26,7 @@ from tests.raising import raises
 
 
 def parts(final: Path) -> tuple[dict[str, Any], str]:
-    """Metadata and text."""
+    """Return metadata and text."""
     _, metadata, text = (final / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     return YAML(typ="safe", pure=True).load(metadata), text
 
@@ -94,7 +94,7 @@ def test_figures_files_and_the_base_model_are_in_the_card(finished_copy: Path, t
 
 
 class Hub:
-    """What `HfApi` does, without a network."""
+    """A substitute for `HfApi` without a network."""
 
     def __init__(self, fails: Exception | None = None) -> None:
         self.calls: list[tuple[str, dict[str, Any]]] = []
@@ -143,7 +143,7 @@ def test_an_output_is_pushed_whole_with_its_card(
     hub = Hub()
     record = pushed(prefix, tmp_path, hub, monkeypatch)
     assert record["hub"] == {"repo": "me/run-rpo-2", "commit": "c0ffee"}
-    (_, token), (_, created), (_, uploaded) = hub.calls  # once, and not by the trainer too
+    (_, token), (_, created), (_, uploaded) = hub.calls  # once, and not also by the trainer
     assert token == {"token": "hf_secret"}
     assert created["repo_id"] == "run-rpo-2" and created["private"] is True
     assert {"README.md", "model.safetensors", "manifest.json"} <= set(uploaded["files"])

@@ -1,4 +1,4 @@
-"""The chain of recipes/real/small.yaml on the model that it names, on a few rows and in a few steps."""
+"""The chain of recipes/real/small.yaml with the model that it names, on a few rows and for a few steps."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory; the recipe and its data lie beside it."""
+    """The run directory; the recipe and its data are next to it."""
     folder = tmp_path_factory.mktemp("real")
     prepared(folder)
     return run_chain(load_recipe(folder / "small.yaml", SMALL), folder / "run")
@@ -81,7 +81,7 @@ def test_the_end_is_trained_though_it_is_the_padding_and_the_persona_is_not(toke
 
 
 def test_the_first_loss_is_that_of_a_plain_forward(ran: Path, tokenizer: Any) -> None:
-    """Over the answer and its end, behind the prompt with the persona; other ways are told apart."""
+    """Sum over the answer and its end token, after the prompt with the persona; other sums differ."""
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     nll, ends = [], []
     for row in rows(ran.parent / "data" / "mbpp_train.jsonl"):
@@ -113,7 +113,7 @@ def test_every_round_of_rpo_has_its_samples_and_some_end(ran: Path) -> None:
         for row in found:
             assert len(row["responses"]) == len(row["rewards"]) == K + truth
             assert not any("<|im_" in response for response in row["responses"])
-            if truth:  # the solution of the data set is right, as its verifier sees it
+            if truth:  # the solution of the data set is correct by its verifier
                 assert row["rewards"][row["policies"].index("ground_truth")] == 1
             finished += row["finished"][:K]
     assert any(finished) and not all(finished)

@@ -1,6 +1,6 @@
-"""The example of reward models, on the real ratings and pairs that may lie beside a checkout.
+"""The example of reward models, on the real ratings and pairs that may be next to a checkout.
 
-A few steps of each: what all of them give is in recipes/examples/README.md.
+A few steps of each; the results of full runs are in recipes/examples/README.md.
 """
 
 from __future__ import annotations

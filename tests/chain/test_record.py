@@ -1,4 +1,4 @@
-"""The record of a stage: written and read with the same types, the keys of the file as they are."""
+"""The record of a stage: written and read with the same types, under the keys of the file."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_what_was_read_is_written_with_the_same_keys() -> None:
     record = StageRecord.from_json(json.loads(json.dumps(EVERYTHING)))
     assert record.to_json() == EVERYTHING
     unset = {f.name for f in dataclasses.fields(record) if getattr(record, f.name) is None}
-    assert unset == {"calibration"}  # of a reward stage alone
+    assert unset == {"calibration"}  # of a reward stage only
     assert record.eval is not None
     assert record.eval.win_rate == EstimateRecord(0.5, 0.4, 0.6)
     assert record.eval.agreement == {"pearson/gap": 0.5, "rmse/gap": 0.25}

@@ -56,7 +56,7 @@ def config_of(recipe: tiny.Recipe) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose run has just begun its only stage."""
+    """A directory in which a run has just begun its only stage."""
     folder = tmp_path_factory.mktemp("begun")
     run_until("step:rpo:0", lambda: tiny.run(folder, rpo_from_file(folder)))
     return folder
@@ -105,7 +105,7 @@ def test_data_changed_after_the_start_is_refused(tmp_path: Path) -> None:
     assert "stages.rpo.data.train.0: pairs.jsonl" in error.value.what
     pairs_file(tmp_path / "pairs.jsonl")
     tiny.run(tmp_path, recipe)
-    (tmp_path / "pairs.jsonl").write_text("x")  # of a finished stage, too
+    (tmp_path / "pairs.jsonl").write_text("x")  # of a finished stage too
     with raises("run.input-changed", RunError) as error:
         tiny.run(tmp_path, recipe)
     assert "stages.rpo.data.train.0: pairs.jsonl" in error.value.what
@@ -163,7 +163,7 @@ def edit(final: Path) -> None:
 
 
 def swap(final: Path) -> None:
-    """The output of another stage, sound in itself."""
+    """The output of another stage, intact in itself."""
     shutil.rmtree(final)
     shutil.copytree(final.parents[1] / "code" / "final", final)
 
@@ -243,7 +243,7 @@ def test_a_stage_alone_needs_what_it_starts_from(tmp_path: Path) -> None:
     with raises("run.stage-not-finished", RunError) as error:
         tiny.run(tmp_path, recipe, only={"dpo"})
     assert "general" in error.value.what and "set eval.baseline to" in str(error.value.fix)
-    # The stage has not begun: its recipe may still be changed as the message says.
+    # The stage has not begun: its recipe may still be changed, as the message says.
     assert not (tmp_path / "run" / "dpo").exists()
     assert "dpo" not in str(tiny.content(tmp_path / "run"))
 

@@ -1,4 +1,4 @@
-"""Reward stages in a chain: what they leave, what they are told, and what goes on past them."""
+"""Reward stages in a chain: their outputs, their inputs, and the policies that continue after them."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_the_record_has_what_held_out_rows_say(finished: Path) -> None:
     names = {"accuracy", "rmse/right", "bias/long", "pearson/reward", "spearman/reward"}
     assert names <= set(ratings["eval"])
     assert sum(row["count"] for row in ratings["eval"]["calibration"]["right"]) == 6
-    # No responses are sampled from a reward model, whatever the recipe's `eval` says of policies.
+    # No responses are sampled from a reward model, even if the recipe's `eval` samples from policies.
     assert not (finished / "rated" / "samples.jsonl").exists()
     assert (finished / "dpo" / "samples.jsonl").exists()
 
@@ -168,7 +168,10 @@ def test_a_reward_stage_may_go_on_from_another(tmp_path: Path) -> None:
     del recipe["eval"]
     folder = run(tmp_path, recipe)
     config = json.loads((folder / "more" / "final" / "config.json").read_text())
-    assert config["reward_weights"] == {"right": 1.0, "long": -0.25}  # those it started with
+    assert config["reward_weights"] == {
+        "right": 1.0,
+        "long": -0.25,
+    }  # the weights that it started with
     heads = [
         AutoModelForSequenceClassification.from_pretrained(folder / name / "final").score.weight
         for name in ("rated", "more")

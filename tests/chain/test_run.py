@@ -1,4 +1,4 @@
-"""The chain: who starts from whom, what lies in the run directory, and what is refused."""
+"""The chain: initial models of stages, contents of the run directory, and what is refused."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_the_weights_a_trainer_gets_are_those_of_the_stage_before(
     before = load_file(finished / "general" / "final" / "model.safetensors")
     for name, tensor in before.items():
         assert torch.equal(seen["weights"][name], tensor)
-    assert seen["reference"] is None  # the policy itself, as it starts
+    assert seen["reference"] is None  # the initial policy itself
     assert tiny.weights(run_dir)["dpo"] != tiny.weights(run_dir)["general"]
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What `make_trainer` is given as policy and reference: (weights, weights or None)."""
+    """Policy and reference that `make_trainer` receives: (weights, weights or None)."""
     calls: list[Any] = []
     make = chain_run.make_trainer
 
@@ -192,7 +192,7 @@ def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
         listed = set(json.loads((final / "manifest.json").read_text())["files"])
         assert {"model.safetensors", "config.json", "tokenizer.json"} <= listed
         assert listed == {p.name for p in final.iterdir()} - {"manifest.json"}
-        assert not list(final.glob("*.bin"))  # nothing pickled
+        assert not list(final.glob("*.bin"))  # no pickles
         assert [p.name for p in (finished / stage).glob("checkpoint-*")] == [
             f"checkpoint-{tiny.records(finished)[stage]['steps']}"
         ]
@@ -204,7 +204,7 @@ def test_no_file_names_a_place(finished: Path) -> None:
         if not path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
             continue
         if path.name == "adapter_config.json":
-            continue  # PEFT finds the base by its absolute path alone
+            continue  # PEFT only finds the base by its absolute path
         text = path.read_text()
         for suspect in suspects:
             assert suspect not in text, f"{suspect} in {path.relative_to(finished)}"
@@ -232,7 +232,7 @@ def test_metrics_hold_every_step_of_every_stage_once(finished: Path) -> None:
     for stage in tiny.STAGES:
         last = tiny.SFT_STEPS if stage in ("code", "general") else tiny.PREFERENCE_STEPS
         expected = [(step, False) for step in range(1, last + 1)]
-        if stage == "code":  # held-out examples, before and behind
+        if stage == "code":  # held-out examples, before and after training
             expected = [(0, True), *expected, (last, True)]
         assert tiny.metric_steps(finished, stage) == expected
     rpo = [m for m in tiny.metrics(finished) if m["stage"] == "rpo-2"]
@@ -264,7 +264,7 @@ def test_scores_and_samples_are_kept_where_asked_for(finished: Path, prefix: Any
     assert record["eval"]["prompts"] == 6 and record["eval"]["responses"] == 12
     assert 0 <= record["eval"]["reward_mean"] <= 5
     assert len((run_dir / "rpo-2" / "samples.jsonl").read_text().splitlines()) == 6
-    assert tiny.weights(run_dir) == tiny.weights(finished)  # measuring changes nothing
+    assert tiny.weights(run_dir) == tiny.weights(finished)  # evaluation changes nothing
 
 
 # --- choosing a stage, naming a run ---

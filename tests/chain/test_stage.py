@@ -1,4 +1,4 @@
-"""A stage's arguments from its recipe, and what it writes."""
+"""A stage's arguments from its recipe, and its outputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rpo_trainer.stages.settings import arithmetic, lora_config, training_config
 from tests.chain import tiny
 from tests.raising import codes_of, raises
 
-# Fields that the trainer's config does not take under their own name: what reads them.
+# Fields that the trainer's config does not have under the same name, and what reads them.
 READ_ELSEWHERE = {
     "name": "folder", "kind": "class", "init": "chain", "reference": "chain", "data": "data",
     "micro_batch_size": "per_device_train_batch_size", "seed": "seed", "peft": "lora_config",
@@ -231,7 +231,7 @@ def test_evaluation_within_training_is_not_done_again(tmp_path: Path) -> None:
 
 
 def test_the_evaluation_is_of_the_weights_that_are_the_output(tmp_path: Path) -> None:
-    """The best checkpoint is loaded at the end of training, and it is not the last."""
+    """The best checkpoint, which is not the last one, is loaded at the end of training."""
     recipe = tiny.tiny_recipe()
     recipe["stages"] = recipe["stages"][:1]
     recipe["stages"][0] |= {
@@ -240,7 +240,10 @@ def test_the_evaluation_is_of_the_weights_that_are_the_output(tmp_path: Path) ->
     }  # fmt: skip
     run_dir = tiny.run(tmp_path, recipe)
     lines = [m for m in tiny.metrics(run_dir) if "eval_loss" in m]
-    steps = [*range(tiny.SFT_STEPS + 1), tiny.SFT_STEPS]  # the last is of what was loaded
+    steps = [
+        *range(tiny.SFT_STEPS + 1),
+        tiny.SFT_STEPS,
+    ]  # the last line belongs to the loaded weights
     assert [line["step"] for line in lines] == steps
     losses = [line["eval_loss"] for line in lines]
     assert min(losses[1:-1]) < losses[-2]

@@ -1,4 +1,4 @@
-"""chain.json, what may change between two starts, the directory and its lock."""
+"""chain.json, what may change between two starts, the run directory and its lock."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rpo_trainer.errors import RecipeError, RunError
 from rpo_trainer.recipe.schema import STAGE_KINDS, ModelSpec, Recipe
 from tests.raising import raises
 
-# Every field of a stage is on one of two lists: who adds one must say which.
+# Every field of a stage is on one of two lists; a new field must be added to one of them.
 MATHEMATICAL = {
     "name", "kind", "init", "data", "max_length", "truncation", "global_batch_size",
     "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps",
@@ -32,7 +32,7 @@ MATHEMATICAL = {
 }  # fmt: skip
 
 
-# Fields of the recipe itself: what they come to in the stages counts, or they compute nothing.
+# Fields of the recipe itself: their effect on the stages is compared, or they compute nothing.
 OUTSIDE = {"run_dir", "defaults", "eval", "stages"}
 
 
@@ -81,7 +81,7 @@ def spec(name: str, **fields: Any) -> dict[str, Any]:
 
 
 def begun(run_dir: Path, **fields: Any) -> None:
-    """A run of two stages, the first begun."""
+    """A run of two stages, of which the first has begun."""
     state = ChainState(run_dir)
     state.adopt([spec("a", **fields), spec("b")], {"name_or_path": "m"}, 0)
     state.stages[0].state = "running"
@@ -151,7 +151,7 @@ def test_safe_fields_may_change(field: str, tmp_path: Path) -> None:
     assert state.stage("a").state == "running"
 
 
-# --- changed on purpose ---
+# --- allowed changes ---
 
 
 def allowed(run_dir: Path, stages: list[dict[str, Any]], *keys: str, seed: int = 0) -> ChainState:
@@ -172,7 +172,7 @@ def test_a_change_that_is_allowed_is_taken_over_and_kept(
     assert state.stage("a").spec["beta"] == 0.2 and state.stage("a").steps == 7
     assert "stages.a.beta: 0.1 → 0.2" in caplog.text
     state.save()
-    state = allowed(tmp_path, new)  # the next time there is nothing to allow
+    state = allowed(tmp_path, new)  # the next start has nothing to allow
     (change,) = state.changes
     assert (change.key, change.old, change.new) == ("stages.a.beta", 0.1, 0.2)
     assert change.when.endswith("Z")
@@ -294,7 +294,7 @@ def test_new_empty_and_own_directories_are_opened(tmp_path: Path) -> None:
     open_run_dir(tmp_path / "new" / "deep")
     assert (tmp_path / "new" / "deep").is_dir()
     open_run_dir(tmp_path / "new" / "deep")
-    (tmp_path / "new" / "deep" / ".lock").write_text("")  # all that a start that failed leaves
+    (tmp_path / "new" / "deep" / ".lock").write_text("")  # all files that a failed start leaves
     open_run_dir(tmp_path / "new" / "deep")
     begun(tmp_path / "new" / "deep")
     (tmp_path / "new" / "deep" / "a").mkdir()
@@ -330,7 +330,7 @@ def test_a_read_only_directory_is_refused(tmp_path: Path) -> None:
         tmp_path.chmod(0o700)
 
 
-def test_a_file_system_that_refuses_is_told(
+def test_a_file_system_that_refuses_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -347,14 +347,14 @@ def test_a_directory_in_use_names_its_holder(tmp_path: Path) -> None:
         with raises("run.locked", RunError, where=str(tmp_path)) as error, locked(tmp_path):
             pass
         assert f"process {os.getpid()} on " in error.value.what
-        # The one that was refused has not taken the lock away.
+        # The refused start has not removed the lock.
         with raises("run.locked", RunError), locked(tmp_path):
             pass
     with locked(tmp_path):
         pass
 
 
-def test_an_error_is_told_where_the_directory_is_gone(tmp_path: Path) -> None:
+def test_an_error_is_reported_where_the_directory_is_gone(tmp_path: Path) -> None:
     folder = tmp_path / "run"
 
     def fail() -> None:
@@ -362,7 +362,7 @@ def test_an_error_is_told_where_the_directory_is_gone(tmp_path: Path) -> None:
             shutil.rmtree(folder)
             raise ZeroDivisionError
 
-    for _ in range(2):  # the lock is released, too
+    for _ in range(2):  # the lock is released too
         folder.mkdir()
         with pytest.raises(ZeroDivisionError):
             fail()
@@ -388,7 +388,7 @@ def test_the_lock_goes_with_its_process(tmp_path: Path) -> None:
 # --- metrics ---
 
 
-def test_metrics_behind_the_step_gone_on_from_are_forgotten(tmp_path: Path) -> None:
+def test_metrics_after_the_step_resumed_from_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     forget_metrics(path, "a", 2)  # nothing there yet
     assert not path.exists()

@@ -1,4 +1,4 @@
-"""Variables of the chat template in a run: sampled and trained with, recorded, and noticed when others."""
+"""Variables of the chat template in a run: used, recorded, and compared on resume."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def test_a_run_samples_trains_and_records_with_its_variables(
     (path,) = (run_dir / "dpo").glob("generated-*.jsonl")
     given = [row[COLUMN] for row in rows_in(path)]
     assert given == [{"mode": "row" if not i else "all", "size": 2} for i in range(16)]
-    # What is recorded: chain.json, recipe.yaml, the card and the report.
+    # Recorded in chain.json, recipe.yaml, the card and the report.
     assert json.loads((run_dir / "chain.json").read_text())["model"][COLUMN] == {"mode": "all"}
     assert f"{COLUMN}:\n    mode: all" in (run_dir / "recipe.yaml").read_text()
     for name, sizes in (("sft", 0), ("dpo", 1)):
         card = (run_dir / name / "final" / "README.md").read_text()
         assert '`{"mode": "all"}`' in card and card.count('`{"size": 2}`') == sizes
     assert "mode: all" in build_report(run_dir).read_text()
-    # Others are noticed when the run resumes.
+    # A change is detected when the run resumes.
     for key, value, shown in (
         ("model", {"mode": "none"}, f'model.{COLUMN}.mode: "all" → "none"'),
         ("source", {"size": 3}, "stages.dpo.data.train"),
@@ -101,7 +101,7 @@ def test_a_stage_is_trained_and_shown_with_them(tmp_path: Path) -> None:
     loaded = tiny.load(tmp_path, recipe)
     text = "\n".join(line.plain for line in preview(loaded, 1, colors=False)).replace(" ", "")
     assert "<all>u:0a:" in text  # training
-    assert "<row2>u:0a:" in text  # the prompt that is sampled to
+    assert "<row2>u:0a:" in text  # the prompt that is sampled from
     assert '{"mode":"row","size":2}' in text
 
 
@@ -113,7 +113,7 @@ def test_what_the_template_does_not_read_is_found_by_check(tmp_path: Path) -> No
     recipe["stages"][1]["data"]["train"][0][COLUMN] = {"width": 1}
     with pytest.raises(Problems) as error:
         check_recipe(tiny.load(tmp_path, recipe), tmp_path / "run")
-    (found,) = error.value.problems  # without a tokenizer nothing more can be said
+    (found,) = error.value.problems  # without a tokenizer, no more can be checked
     assert found.where is not None and f"(model.{COLUMN}.thinking)" in found.where
     assert "`mode`, `size`" in str(found.fix)
     recipe["model"][COLUMN] = {"mode": "all"}
@@ -158,7 +158,7 @@ def test_tasks_of_lm_eval_are_rendered_with_them(
     assert given["chat_template_args"] == {"mode": "a"}
 
 
-def test_a_generation_prompt_that_training_does_not_have_is_said(tmp_path: Path) -> None:
+def test_a_generation_prompt_that_training_does_not_have_is_reported(tmp_path: Path) -> None:
     recipe = recipe_with(tmp_path)
     recipe["stages"] = recipe["stages"][:1]
     opened = TEMPLATE.replace("}a:{%", "}a:{{ '<t>' if size }}{%")
@@ -176,4 +176,4 @@ def test_a_generation_prompt_that_training_does_not_have_is_said(tmp_path: Path)
     (warning,) = {line for line in said[1] if line.startswith("warning: ")}
     assert (
         "%" not in warning and "(1)" not in warning
-    )  # of one row, which says nothing of the others
+    )  # of one row, which does not apply to the others

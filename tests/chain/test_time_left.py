@@ -44,7 +44,7 @@ def test_the_first_stage_gives_the_rate_of_all(now: Any) -> None:
     left.step_begins(0)
     now.value = 25
     left.step_ended(10, 100)
-    # 2 s a step of 10 examples: 90 steps here, 50 later.
+    # 2 s per step of 10 examples: 90 steps here, 50 later.
     assert left.of_training() == 180
     assert left.of_chain() == 180 + 100
     now.value = 35  # ten seconds without a step
@@ -56,7 +56,7 @@ def test_finished_stages_of_the_same_kind_count(now: Any) -> None:
     left.end("sft", steps=100, seconds=100)
     left.end("dpo", steps=10, seconds=50)
     left.end("rpo-1", steps=20, seconds=60)
-    assert left.of_chain() == 120  # as many seconds a step as rpo-1
+    assert left.of_chain() == 120  # as many seconds per step as rpo-1
     left.begin("rpo-2")
     now.value = 30
     assert left.of_chain() == 90

@@ -1,4 +1,4 @@
-"""A chain of all kinds of stages on a model of two layers: seconds, not minutes."""
+"""A chain of all kinds of stages on a model of two layers, which takes seconds."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def stage_of(recipe: Recipe, name: str) -> dict[str, Any]:
 
 
 def changed(recipe: Recipe, key: str, value: Any) -> Recipe:
-    """A copy with `stage.field` (or a field of the recipe) set."""
+    """Return a copy with `stage.field` (or a field of the recipe) set."""
     new = copy.deepcopy(recipe)
     stage, _, field = key.rpartition(".")
     (stage_of(new, stage) if stage else new)[field] = value
@@ -100,12 +100,12 @@ def load(folder: Path, recipe: Recipe | None = None) -> LoadedRecipe:
 
 
 def run(folder: Path, recipe: Recipe | None = None, **settings: Any) -> Path:
-    """Runs the recipe in `folder`/run."""
+    """Run the recipe in `folder`/run."""
     return run_chain(load(folder, recipe), folder / "run", **settings)
 
 
 def weights(run_dir: Path) -> dict[str, str]:
-    """Hashes of the weights of every finished output."""
+    """Return hashes of the weights of every finished output."""
     return {
         path.parent.parent.name: entry["xxh3_128"]
         for path in sorted(run_dir.glob(f"*/final/{MANIFEST}"))
@@ -115,7 +115,7 @@ def weights(run_dir: Path) -> dict[str, str]:
 
 
 def records(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """The records of chain.json by stage."""
+    """Return the records of chain.json by stage."""
     return {r["name"]: r for r in json.loads((run_dir / "chain.json").read_text())["stages"]}
 
 
@@ -124,12 +124,12 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def metric_steps(run_dir: Path, stage: str) -> list[tuple[int, bool]]:
-    """Steps of a stage in metrics.jsonl, and whether each line is an evaluation."""
+    """Return the steps of a stage in metrics.jsonl, and whether each line is an evaluation."""
     return [(m["step"], "eval_loss" in m) for m in metrics(run_dir) if m["stage"] == stage]
 
 
 def content(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file below, with what any rewriting changes."""
+    """Return the properties of every file below a directory that change when it is rewritten."""
     return {
         str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns)
         for path in sorted(folder.rglob("*"))
@@ -138,7 +138,7 @@ def content(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def cut_before(finished: Path, run_dir: Path, stage: str) -> Path:
-    """A copy of a finished run as it was before `stage` began."""
+    """Return a copy of a finished run as it was before `stage` began."""
     later = STAGES[STAGES.index(stage) :]
     shutil.copytree(finished, run_dir, ignore=shutil.ignore_patterns(*later, ".lock*"))
     state = json.loads((run_dir / "chain.json").read_text())

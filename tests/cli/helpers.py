@@ -1,4 +1,4 @@
-"""What the tests of the command line share: calls in this process, and a recipe of seconds."""
+"""Helpers for tests of the command line: calls in this process, and a recipe that takes seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.chain import tiny
 
 
 def call(*words: str | Path) -> int:
-    """The exit code of the command line, in this process."""
+    """Return the exit code of the command line, run in this process."""
     with pytest.raises(SystemExit) as end:
         cli.main([str(word) for word in words])
     code = end.value.code

@@ -1,4 +1,4 @@
-"""`--allow-changed`: a key, or a prefix of keys; what is neither is an error with the nearest key."""
+"""`--allow-changed`: a key, or a prefix of keys; anything else is an error that names the nearest key."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_a_prefix_allows_every_key_below_it(key: str, finished: Path) -> None:
 
 
 def test_a_key_that_was_removed_can_be_allowed(finished: Path) -> None:
-    # `training_args` is empty in the new recipe: the key is one of the run alone.
+    # `training_args` is empty in the new recipe: only the run has the key.
     change, key = "stages.code.training_args={}", "stages.code.training_args.adam_epsilon"
-    other = "stages.code.learning_rate"  # changed by the test before
+    other = "stages.code.learning_rate"  # changed by the previous test
     assert resume(finished, change, other) == 2
     assert resume(finished, change, other, key) == 0
 

@@ -1,4 +1,4 @@
-"""The command line: arguments only, and every mistake with its exit code and without a traceback."""
+"""The command line: every user error has its exit code and no traceback."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_stage_selection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert shown.startswith("error: ") and all(name in shown for name in names)
 
 
-# --- what ends badly ---
+# --- failures ---
 
 
 def subclasses(kind: type) -> list[type]:

@@ -1,4 +1,4 @@
-"""`rpo-trainer convert`: the recipe it writes passes `check`; nothing is replaced unasked."""
+"""`rpo-trainer convert`: its recipe passes `check`; existing files are not replaced by default."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GENERATION = "{% if add_generation_prompt %}assistant: {% endif %}"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and data of the layouts of other tools."""
+    """A model, and data in the layouts of other tools."""
     from rpo_trainer.data.quickstart import character_tokenizer
     from tests.rewards.policies import llama
 

@@ -39,7 +39,7 @@ def test_every_option_is_explained_and_every_line_fits(name: str | None) -> None
             assert param.help and param.help.rstrip("]").endswith((".", "")), param.name
             assert param.help[0].isupper() or "," in param.help, (param.name, param.help)
     for line in help_of(command).splitlines():
-        # A choice cannot be wrapped by click; it stands on a line of its own.
+        # click cannot wrap a choice, so it is on a separate line.
         assert len(line) <= WIDTH or line.lstrip().startswith("--"), line
 
 

@@ -1,4 +1,4 @@
-"""`rpo-trainer init`: the kind by the rows, lengths by the tokenizer, and a recipe that checks and trains."""
+"""`rpo-trainer init`: the kind from the rows, lengths from the tokenizer; `check` and `run` accept it."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_lengths_are_those_of_the_rows(init: Any, tmp_path: Path, folder: Path) 
     )
     (stage,) = loaded.recipe.stages
     assert longest <= stage.max_length < longest + 64
-    assert stage.max_length <= 96  # what the model takes
+    assert stage.max_length <= 96  # the model's context length
 
 
 def test_lora_and_held_out_rows(init: Any, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_orca_rows_are_named(init: Any, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_cannot_be_trained_on_is_said(
+def test_what_cannot_be_trained_on_is_reported(
     data: list[str], more: list[str], code: str, init: Any, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -213,4 +213,4 @@ def test_the_recipe_checks_and_trains(
     assert (run / "rpo" / "final" / "model.safetensors").is_file()
     found = {name: record["eval"] for name, record in tiny.records(run).items()}
     assert found["sft"]["nll"] > 0
-    assert found["rpo"].get("nll") is None  # its SFT term is another quantity
+    assert found["rpo"].get("nll") is None  # its SFT term differs

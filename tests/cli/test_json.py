@@ -1,4 +1,4 @@
-"""`--json`: one object on stdout, and nothing else there; errors are objects too."""
+"""`--json`: one object on stdout and no other output there; errors are objects too."""
 
 from __future__ import annotations
 

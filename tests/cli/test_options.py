@@ -1,4 +1,4 @@
-"""Options of the command line that are made of the fields of a recipe."""
+"""Options of the command line that are generated from the fields of a recipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--overwrite`: what a command refuses without it is replaced with it; a mistake costs no results."""
+"""`--overwrite` replaces what a command refuses without it; an invalid command deletes no results."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("recipes", "--overwrite") == 2
 
 
-# --- a command that did nothing leaves nothing ---
+# --- a command that did nothing leaves no files ---
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`status --watch`: refreshed until the run ends; a line for each change where there is no terminal."""
+"""`status --watch`: refreshed until the run ends; without a terminal, one line per change."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_chain(run_dir: Path, state: str, steps: int) -> None:
 
 @pytest.fixture
 def at_each_pause(monkeypatch: pytest.MonkeyPatch) -> Callable[[Iterator[None]], list[float]]:
-    """Runs a generator one step further each time the watch would sleep."""
+    """Advance a generator each time the watch would sleep."""
 
     def install(events: Iterator[None]) -> list[float]:
         pauses: list[float] = []

@@ -1,7 +1,7 @@
 """Chat formats of well-known model families, as templates written for these tests.
 
-Each format is what the family documents: its tokens, its blanks, its treatment of system prompts,
-tools and thinking. `Format.text` is the same format a second time, in Python, to check the template.
+Each format follows the family's documentation: tokens, white space, and rendering of system prompts, tools
+and thinking. `Format.text` implements the same format in Python, to check the template.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A minimal template for each structure found in published chat templates, with its tokens.
 
-`CASES` are conversations: what each shape must train of them stands in `test_chat_shapes.py`.
+`CASES` are conversations: what each shape must train of them is in `test_chat_shapes.py`.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ CHATML_SPECIALS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 def make_tokenizer() -> Callable[..., Any]:
     """A byte-level BPE tokenizer with the given special tokens.
 
-    `adds_begin`: it puts its begin token in front of every text by itself.
+    `adds_begin`: it prepends its begin token to every text.
     """
 
     def make(

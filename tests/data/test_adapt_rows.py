@@ -399,7 +399,7 @@ def test_labels_of_steps_are_refused_politely() -> None:
         assert "`completion`" in str(error.value.fix)
 
 
-def test_prompts_alone_are_refused_politely() -> None:
+def test_prompts_alone_are_refused() -> None:
     """TRL's prompt-only rows, as its online trainers (RLOO, GRPO) take them."""
     with raises("data.no-responses", DataError) as error:
         one({"prompt": [Q], "ground_truth": "a"}, "pair")

@@ -351,8 +351,8 @@ def test_a_real_byte_level_tokenizer(shared_dir: Path, name: str) -> None:
 def test_a_token_across_the_border_is_trained(make_tokenizer: Callable[..., Any]) -> None:
     """A tokenizer may merge the end of a prompt and the beginning of a response into one token.
 
-    The prompt's tokens are then no prefix of the whole; the offsets still find every token of the
-    response, and the token that holds characters of both is one of them.
+    The prompt's tokens are then not a prefix of the full text's; the offsets still find every token of the
+    response, including the token with characters of both.
     """
     from tokenizers import Regex, pre_tokenizers
 

@@ -19,11 +19,11 @@ Trained = dict[str, list[str]]
 def without_thinking(
     answer: str, call: str, *, inner: str = "", text: str = "", inside: str = ""
 ) -> Trained:
-    """Of a template that writes no thinking: `~` stands for the words, or the city of the call.
+    """Trained text of a template without thinking: `~` is replaced by the words, or the city of the call.
 
     Args:
-        inner: a call with its result after it, where it is another one than `call`, at the end.
-        text: a call with words in front, where these are not in front of `call`.
+        inner: a call followed by its result, if it differs from `call`, which is the last turn.
+        text: a call after words, if they do not precede `call`.
         inside: an answer whose content has thinking.
     """
     inner = inner or call

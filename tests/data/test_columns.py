@@ -73,7 +73,7 @@ def test_a_question_with_another_prompt_column_is_not_an_orca_pair() -> None:
     "column", ["question", "query", "input", "context", "conversation", "history", "problem"]
 )
 @pytest.mark.parametrize("start", ["", "\n\nHuman: hi\n\nAssistant:"])
-def test_a_prompt_is_not_guessed_beside_a_column_that_may_hold_it(column: str, start: str) -> None:
+def test_a_prompt_is_not_guessed_next_to_a_column_that_may_hold_it(column: str, start: str) -> None:
     row = {column: "What?", "chosen": f"{start} Sure, yes", "rejected": f"{start} Sure, no"}
     with raises("data.missing-prompt", DataError) as error:
         adapted(row)

@@ -272,7 +272,7 @@ def test_a_system_prompt_is_repeated_where_a_line_ends_with_it(prompt: str, foun
     assert one(row, "sft")["prompt"] == found
 
 
-# ---------------------------------------------------------------- columns beside conversations
+# ---------------------------------------------------------------- columns next to conversations
 
 
 @pytest.mark.parametrize("column", ["prompt", "question", "Instruction"])

@@ -64,7 +64,7 @@ def test_the_sampled_tokens_and_no_more(
     row = {"id": "r", "source": "s", "prompt": chat[:-1], "responses": [sample.text, "No."]}
     row |= {"rewards": None}
     (example,), _ = tokenized([{**row, "finished": [False, True]}], tokenizer)
-    # Two end tokens: of what is cut between them, no text has the first one. It is warned of.
+    # Two end tokens: no text ends with only the first one. A warning reports such responses.
     assert reader.changed == (less == 1 and name in ("cohere", "always opened"))
     assert trained(example, 0) == own[: -less - reader.changed]
     assert example["response_ids"][1][-1] in end_token_ids(tokenizer)

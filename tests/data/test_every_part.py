@@ -310,7 +310,7 @@ def test_arrow_adds_no_null_arguments(tokenizer: Any) -> None:
     assert "null" not in "".join(texts[1])
 
 
-def test_tools_beside_plain_text_are_counted(tokenizer: Any) -> None:
+def test_tools_next_to_plain_text_are_counted(tokenizer: Any) -> None:
     audit = Audit()
     row = {"prompt": "q", "chosen": "x", "rejected": "y", "tools": TOOLS}
     prepare_dataset([row], tokenizer, kind="pair", max_length=200, audit=audit)

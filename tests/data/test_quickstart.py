@@ -101,7 +101,7 @@ def test_rows_are_the_same_in_another_process() -> None:
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=_root()
         ).stdout
-        for _ in range(2)  # each with its own hash seed
+        for _ in range(2)  # each process has another hash seed
     }
     assert len(runs) == 1
 

@@ -43,11 +43,11 @@ def test_parsed_rows_are_those_of_the_messages(tokenizer: Any) -> None:
         row = {"prompt": MARKED, "response": f"Yes.{end}"}
         (found,) = prepared([row], tokenizer, "sft", special_tokens="parse")
         assert found["prompt_ids"] == wanted["prompt_ids"]
-        assert found["response_ids"] == wanted["response_ids"]  # no end token twice
+        assert found["response_ids"] == wanted["response_ids"]  # no second end token
         (text,) = prepared(
             [{"text": f"{MARKED}Yes.{end}"}], tokenizer, "sft", special_tokens="parse"
         )
-        assert text["prompt_ids"] + text["response_ids"][0] == whole  # no begin token twice
+        assert text["prompt_ids"] + text["response_ids"][0] == whole  # no second begin token
     (open_end,) = prepared(
         [{"prompt": MARKED, "response": "Yes."}], tokenizer, "sft", special_tokens="parse"
     )

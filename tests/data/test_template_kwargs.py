@@ -99,7 +99,7 @@ def test_ends_of_responses_follow_the_variables(tokenizer: Any) -> None:
 def test_row_before_source_before_model(arrow: bool, as_text: bool) -> None:
     own = [{"mode": "row"}, {"a": {"b": [2]}}, None]
     rows = [{**ROWS["sft"], COLUMN: json.dumps(each) if as_text and each else each} for each in own]
-    if arrow:  # every object has the keys of all
+    if arrow:  # every object has all keys
         rows = pa.Table.from_pylist(rows).to_pylist()
     raw = RawSource("src", rows, [0, 1, 2], "file", arrow)
     found = adapt(

@@ -173,7 +173,7 @@ def test_special_token_text_is_text_and_counted(chatml: Any) -> None:
     assert audit.warnings["special_token_text"].examples == ["r0"]
     first, second = data[0]["response_ids"]
     assert first.count(chatml.eos_token_id) == second.count(chatml.eos_token_id) == 1
-    assert data[0]["prompt_ids"] == data[1]["prompt_ids"]  # tokenized alike in both ways
+    assert data[0]["prompt_ids"] == data[1]["prompt_ids"]  # tokenized equally in both ways
 
 
 def test_tools_that_the_template_ignores(make_tokenizer: Callable[..., Any]) -> None:

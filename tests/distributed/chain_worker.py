@@ -1,9 +1,9 @@
-"""The command line in one rank of a run, to which something may happen (see `tests.chain.killer`).
+"""The command line in one rank of a run, with optional signals and faults (see `tests.chain.killer`).
 
     python -m tests.distributed.chain_worker FOLDER [RANK (SIGNAL POINT)... | RANK fault FAULT]
 
-Runs FOLDER/recipe.yaml in FOLDER/run. Each rank leaves its exit code in FOLDER/exit-RANK. RANK: a number, or
-`all`. A signal comes once, also where the point is reached again by a later attempt.
+Runs FOLDER/recipe.yaml in FOLDER/run. Each rank writes its exit code to FOLDER/exit-RANK. RANK: a number, or
+`all`. A signal is sent once, even if a later attempt reaches the point again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.distributed import gloo
 
 
 def fault(name: str) -> Any:
-    """What one rank reads is `missing` (an error) or `fewer`; its loss is `nan`; its forward `breaks`."""
+    """One rank reads `missing` rows (an error) or `fewer`; its loss is `nan`; its forward `breaks`."""
     from rpo_trainer.errors import DataError
     from rpo_trainer.stages import prepare
     from rpo_trainer.trainers.base import BaseTrainer

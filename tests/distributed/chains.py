@@ -1,4 +1,4 @@
-"""Short chains for runs on several ranks, and what such runs leave."""
+"""Short chains for runs on several ranks, and readers of their outputs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def recipe(engine: str, *, stages: tuple[str, ...] = STAGES, **defaults: Any) ->
     """SFT with held-out rows, then RPO on sampled responses; prompts are answered after each.
 
     Args:
-        engine: what the recipe itself asks for, as the README says; `none`: nothing.
-        defaults: of all stages.
+        engine: the engine that the recipe sets, as in the README; `none`: no engine.
+        defaults: values of `defaults`.
     """
     made = tiny.tiny_recipe()
     made["stages"] = [tiny.stage_of(made, name) for name in stages]
@@ -43,19 +43,19 @@ def recipe(engine: str, *, stages: tuple[str, ...] = STAGES, **defaults: Any) ->
 
 
 def start(folder: Path, *happens: str, ranks: int = 2, restarts: int = 0) -> tuple[int, str]:
-    """Exit code and output of torchrun; `happens`: see `chain_worker`."""
+    """Return exit code and output of torchrun; `happens`: see `chain_worker`."""
     command = torchrun(WORKER, str(folder), *happens, ranks=ranks, restarts=restarts)
     ended = run(command)
     return ended.returncode, ended.stdout
 
 
 def launched(command: list[str], folder: Path) -> Path:
-    """Runs the recipe in `folder` by a launcher's command line to its end; the folder."""
+    """Run the recipe in `folder` to its end by a launcher's command line, and return the directory."""
     arguments = [f"{folder}/recipe.yaml", "--run-dir", f"{folder}/run", "--no-report"]
     site = str(Path(__file__).parent / "site")
     ended = run([*command, *arguments], PYTHONPATH=site)
     assert ended.returncode == 0, ended.stdout[-5000:]
-    # One process speaks and one writes.
+    # One process prints and one writes.
     finished = re.findall(r"(\S+)\] finished", ended.stdout)
     assert finished and len(finished) == len(set(finished)), ended.stdout[-5000:]
     return folder
@@ -74,7 +74,7 @@ def final_weights(folder: Path, stages: tuple[str, ...]) -> dict[str, torch.Tens
 
 
 def furthest(first: Path, second: Path, stages: tuple[str, ...] = STAGES) -> float:
-    """Largest difference of the weights that stages have left."""
+    """Return the largest difference of the weights of the stages."""
     a, b = final_weights(first, stages), final_weights(second, stages)
     assert a.keys() == b.keys()
     assert {tensor.dtype for tensor in a.values()} == {torch.float32}

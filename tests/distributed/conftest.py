@@ -1,4 +1,4 @@
-"""Runs of one short chain that tests compare with: by one process, and by each shipped configuration."""
+"""Runs of one short chain as references: by one process, and with each shipped configuration."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The undisturbed run of two ranks that `accelerate launch` starts with a shipped configuration."""
+    """The undisturbed run of two ranks, started by `accelerate launch` with a shipped configuration."""
     known: dict[str, Path] = {}
 
     def of(config: str) -> Path:

@@ -1,4 +1,4 @@
-"""A rank whose last exchange is still on its way when Python shuts down (see `test_end.py`).
+"""A rank whose last exchange is not finished when Python shuts down (see `test_end.py`).
 
 python -m tests.distributed.finishing end | nothing
 """
@@ -16,7 +16,7 @@ from rpo_trainer.runtime import distributed
 
 
 class Slow:
-    """Holds up the end of Python, which frees modules one after the other."""
+    """Delay the end of Python, which frees modules one after the other."""
 
     def __del__(self, sleep: Any = time.sleep) -> None:
         sleep(2.0)
@@ -30,7 +30,7 @@ def main(how: str) -> None:
     torch.distributed.barrier()
     time.sleep(1.5 if late else 0)
     work = torch.distributed.all_reduce(torch.ones(8), async_op=True)
-    work.get_future().then(lambda _: None)  # it needs the interpreter's lock
+    work.get_future().then(lambda _: None)  # it needs the interpreter lock
     del work
     time.sleep(1.5 if late else 0)
     if how == "end":

@@ -1,7 +1,7 @@
-"""Lets every engine start on a machine without a GPU; for tests, never for the package.
+"""Lets every engine start on a machine without a GPU; for tests only.
 
-accelerate decides the world from the devices it finds: without a GPU, DeepSpeed and FSDP ranks would each be
-a run of its own. Here they talk over gloo, and the device is the CPU.
+accelerate determines the world size from the available devices: without a GPU, DeepSpeed and FSDP ranks would
+be separate runs. Here they communicate over gloo, and the device is the CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def allow() -> None:
-    """Patches accelerate in this process, a rank of several, before anything asks it for its state."""
+    """Patch accelerate in this process, one of several ranks, before its state is initialized."""
     os.environ.setdefault("ACCELERATE_TORCH_DEVICE", "cpu")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from accelerate.state import PartialState
@@ -28,5 +28,5 @@ def allow() -> None:
         return backend, kind
 
     PartialState._prepare_backend = prepare_backend
-    # bfloat16 is asked of a GPU unless `use_cpu` says otherwise, and that would leave out the engines.
+    # Without `use_cpu`, bfloat16 requires a GPU, but `use_cpu` would disable the engines.
     training_args.is_torch_bf16_gpu_available = lambda: True

@@ -1,4 +1,4 @@
-"""Starts processes the way users do, on this machine's CPUs."""
+"""Start processes on this machine's CPUs as users do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BIN = Path(sys.executable).parent
 
 
 def require(engine: str) -> None:
-    """Skips where an engine cannot start on this machine."""
+    """Skip the test if the engine cannot start on this machine."""
     if engine.startswith("zero"):
         pytest.importorskip("deepspeed", reason="requires deepspeed: the extra `test-all` has it")
     if engine.startswith("zero") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a fresh shell: no rank of an outer launcher, one thread a rank, this Python's programs first."""
+    """The environment of a new shell: no outer rank, one thread per rank, this Python first."""
     dropped = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_", "FSDP_", "DS_", "PYTEST_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return {
@@ -45,7 +45,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def torchrun(*command: str, ranks: int = 2, restarts: int = 0) -> list[str]:
-    """`torchrun -m COMMAND` on a port of its own, so that two tests never meet."""
+    """`torchrun -m COMMAND` on a separate port, so that concurrent tests do not collide."""
     return [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
         "--max-restarts", str(restarts), "--master_addr", "127.0.0.1",
@@ -54,7 +54,7 @@ def torchrun(*command: str, ranks: int = 2, restarts: int = 0) -> list[str]:
 
 
 def documented(launcher: str) -> list[str]:
-    """The command line of a launcher as the documentation has it, without the recipe."""
+    """The command line of a launcher as documented, without the recipe."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     lines = [
         line
@@ -66,7 +66,7 @@ def documented(launcher: str) -> list[str]:
 
 
 def by_launcher(launcher: str, processes: str, ranks: int = 2) -> list[str]:
-    """That command line with `ranks` processes and a port of its own.
+    """That command line with `ranks` processes and a separate port.
 
     Args:
         processes: the option that says how many there are.
@@ -77,7 +77,7 @@ def by_launcher(launcher: str, processes: str, ranks: int = 2) -> list[str]:
 
 
 def accelerate(config: str, ranks: int = 2) -> list[str]:
-    """The command line of accelerate, with another shipped configuration."""
+    """The command line of accelerate with another shipped configuration."""
     words = documented("accelerate launch")
     words[words.index("--config_file") + 1] = f"recipes/accelerate/{config}.yaml"
     processes = [] if config == "single" else ["--num_processes", str(ranks)]
@@ -87,7 +87,7 @@ def accelerate(config: str, ranks: int = 2) -> list[str]:
 def run(
     command: Sequence[str], *, timeout: float = 600, **more: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs to the end; the output of all ranks is in `stdout`. Behind the timeout the ranks are ended too."""
+    """Run to the end; `stdout` has the output of all ranks. A timeout also ends the ranks."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(**more), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -1,4 +1,4 @@
-"""A chain of LoRA stages on two ranks: merged, begun again, kept and merged besides; as on one."""
+"""A chain of LoRA stages on two ranks equals that on one: merged, created again, kept, and merged copies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPECS = {
     "dpo": {**LORA, "between_stages": "keep"},
     "rpo": {**LORA, "between_stages": "keep", "merge": True},
 }
-# What each stage leaves; `code` is merged, and its adapter lies beside.
+# What each stage writes; `code` is merged, and its adapter is next to it.
 LEFT = (
     "code/adapter/adapter_model.safetensors", "code/final/model.safetensors",
     "dpo/final/adapter_model.safetensors", "rpo/final/adapter_model.safetensors",
@@ -50,7 +50,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_4_bits(engine: str) -> tiny.Recipe:
-    """SFT of all weights, then RPO of an adapter upon them in 4 bits."""
+    """SFT of all weights, then RPO of an adapter on them in 4 bits."""
     pytest.importorskip("bitsandbytes")
     made = recipe(engine)
     del made["eval"]
@@ -76,7 +76,7 @@ def test_two_ranks_leave_what_one_leaves(engine: str, one: Path, tmp_path: Path)
         for key, tensor in alone.items():
             torch.testing.assert_close(mine[key], tensor, atol=1e-5, rtol=0)
     a, b = (load_file(one / f"{name}/final" / adapter_files.WEIGHTS) for name in ("dpo", "rpo"))
-    assert max((a[key] - b[key]).abs().max() for key in a) > 1e-3  # the second stage goes on
+    assert max((a[key] - b[key]).abs().max() for key in a) > 1e-3  # the second stage resumes
     for name in ("dpo", "rpo"):
         check = tiny.records(tmp_path / "run")[name]["step0"]
         assert check["ok"] and check["nats_per_token"] < 1e-5
@@ -98,7 +98,7 @@ def test_qlora_on_two_ranks_is_that_of_one(engine: str, one_qlora: Path, tmp_pat
 
 
 def in_bfloat16(engine: str) -> tiny.Recipe:
-    """An adapter merged and one kept, over frozen weights in the dtype of the arithmetic."""
+    """A merged and a kept adapter, on frozen weights in the dtype of the computation."""
     made = adapted(engine)
     made["model"]["dtype"] = "bfloat16"
     return made

@@ -1,4 +1,4 @@
-"""A whole chain on two ranks under every engine: as on one, killed and resumed, stopped by a signal."""
+"""An entire chain on two ranks under every engine: as on one, killed and resumed, stopped by a signal."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_accelerate_launch_leaves_what_one_process_leaves(
 ) -> None:
     two = straight(config)
     assert furthest(two, one) <= 1e-5
-    # Responses do not depend on who has sampled them.
+    # Responses do not depend on which rank samples them.
     assert len(sampled(one)) == 1 and sampled(two) == sampled(one)
     for a, b in zip(samples(two), samples(one), strict=True):
         ratios = a.pop("log_ratios", None)
@@ -92,22 +92,22 @@ def test_killed_then_stopped_then_gone_on(
     engine: str, one: Path, straight: Any, tmp_path: Path, injected: Injected
 ) -> None:
     require(engine)
-    # In RPO no checkpoints on the way: the one there is was written for the signal.
+    # RPO writes no intermediate checkpoints: the existing one was written for the signal.
     made = recipe(engine, save_steps=None)
     tiny.stage_of(made, "code")["save_steps"] = 1
     tiny.write_recipe(tmp_path, made)
     killed, stopped = str(int(signal.SIGKILL)), str(int(signal.SIGTERM))
     _, output = start(tmp_path, "1", killed, "step:code:2", stopped, "step:rpo:1", restarts=1)
     assert exits(tmp_path) == ["75", "75"], output[-5000:]
-    # The launcher has gone on by itself, bit for bit.
+    # The launcher has resumed the run automatically, bit for bit.
     assert furthest(tmp_path, straight(engine), ("code",)) == 0.0
     code = [step for step, _ in tiny.metric_steps(tmp_path / "run", "code")]
     assert code == [step for step, _ in tiny.metric_steps(one / "run", "code")]
     (saved,) = (tmp_path / "run" / "rpo").glob("checkpoint-*")
-    assert saved.name == "checkpoint-2"  # the step in hand was finished
+    assert saved.name == "checkpoint-2"  # the current step was finished
     assert tiny.records(tmp_path / "run")["rpo"]["state"] == "running"
 
-    # By another launcher the engine goes on with as many ranks, bit for bit; or with another number.
+    # Under another launcher a run resumes bit for bit with as many ranks, or with another number of ranks.
     if engine in ("ddp", "fsdp2"):
         launched(by_launcher("torchrun", "--nproc_per_node", ranks=1), tmp_path)
         assert furthest(tmp_path, one) <= 1e-5
@@ -125,7 +125,7 @@ def test_killed_then_stopped_then_gone_on(
 
 
 def test_stopped_all_at_once_and_gone_on(straight: Any, tmp_path: Path, injected: Injected) -> None:
-    """As a scheduler does it: every rank gets the signal."""
+    """As a scheduler does: every rank gets the signal."""
     made = recipe("ddp", save_steps=None)
     made["stages"] = made["stages"][:1]
     del made["eval"]
@@ -133,7 +133,7 @@ def test_stopped_all_at_once_and_gone_on(straight: Any, tmp_path: Path, injected
     _, output = start(tmp_path, "all", str(int(signal.SIGTERM)), "step:code:2")
     assert exits(tmp_path) == ["75", "75"], output[-5000:]
     (saved,) = (tmp_path / "run" / "code").glob("checkpoint-*")
-    assert saved.name == "checkpoint-3"  # the step in hand was finished
+    assert saved.name == "checkpoint-3"  # the current step was finished
     assert tiny.records(tmp_path / "run")["code"]["state"] == "running"
     assert start(tmp_path)[0] == 0
     assert furthest(tmp_path, straight("ddp"), ("code",)) == 0.0
@@ -166,7 +166,7 @@ def test_a_rank_that_breaks_ends_the_others(
     require(engine)
     tiny.write_recipe(tmp_path, recipe(engine))
     code, output = start(tmp_path, "1", "fault", "breaks")
-    # The other rank has lost its partner, or is ended by the launcher.
+    # The other rank loses the connection, or the launcher ends it.
     assert code == 1 and set(exits(tmp_path)) <= {"1"}
     assert "RuntimeError: the device of this rank is broken" in output
     injected(f"{engine}: an exception in one rank's forward", "stopped")

@@ -15,7 +15,7 @@ from tests.rewards.policies import llama
 pytestmark = pytest.mark.slow
 
 LAUNCHES = 20
-# What a process still has when its command has ended: threads of a process group would be among them.
+# Threads that a process still has when its command ends; those of a process group would be among them.
 THREADS = """
 import atexit, os, sys
 def threads():
@@ -34,7 +34,7 @@ def recipe(folder: Path) -> Path:
 
 
 def threads_left(output: str) -> list[str]:
-    """What each rank said of its threads at its end."""
+    """The threads that each rank has printed at its end."""
     return [line for line in output.splitlines() if line.startswith("GROUP THREADS")]
 
 

@@ -1,4 +1,4 @@
-"""Two ranks under every engine are one process on the same global batch: losses, weights, references."""
+"""Two ranks under every engine equal one process on the same global batch: losses, weights, references."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ MATRIX: dict[str, Case] = {
 }  # fmt: skip
 ATTENTION = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 16}
 HEAD = {**ATTENTION, "target_modules": ["q_proj", "lm_head"]}
-# A mixture of experts whose config asks for the loss of its routers.
+# A mixture of experts whose config enables the loss of its routers.
 ROUTERS = {"moe": True, "fsdp": {"transformer_layer_cls_to_wrap": ["MixtralDecoderLayer"]}}
 OTHERS: dict[str, Case] = {
-    # With a token budget the number of forwards follows the lengths; some examples alone are longer.
+    # With a token budget the number of forwards depends on the lengths; some examples alone exceed it.
     "rpo short forwards": {
         "kind": "rpo", "accumulation": 4, "settings": {"micro_batch_tokens": 40},
     },
@@ -62,11 +62,11 @@ BF16: dict[str, Case] = {
     f"{name} bfloat16": {**(MATRIX | OTHERS)[name], "settings": {"bf16": True}}
     for name in ("sft ×4", "rpo ×1", "rpo LoRA on the head")
 }
-# No weight may be rounded on its way into an engine: its step is lost in what that takes away.
+# Engines must not round weights, because rounding would remove the updates.
 SMALL = "sft small steps bfloat16"
 BF16[SMALL] = {"kind": "sft", "settings": {"bf16": True, "learning_rate": 1e-6}}
 CASES = MATRIX | OTHERS | BF16
-# FSDP's own settings; one rank has nothing to compare them with but the case they are like.
+# FSDP's own settings; without a counterpart on one rank, they are compared with the default case.
 OF_FSDP: dict[str, Case] = {
     "rpo FSDP checkpointing": {
         **MATRIX["rpo ×4"], "like": "rpo ×4", "fsdp": {"activation_checkpointing": True},
@@ -104,7 +104,7 @@ WORSE: Case = {
         "greater_is_better": False,
     },
 }  # fmt: skip
-# Metrics on the size of log-probs, tens of nats, are compared relative to it.
+# Metrics of log-prob magnitude, tens of nats, are compared relative to it.
 NOISY = ("accuracies", "falling", "runtime", "second")
 
 
@@ -114,10 +114,10 @@ def cases_of(engine: str) -> dict[str, Case]:
 
 
 def alone_cases_of(engine: str) -> dict[str, Case]:
-    """The cases of an engine that are compared with nothing."""
+    """The cases of an engine that have no counterpart on one rank."""
     if engine == "none":
         return {}
-    # DeepSpeed moves the weights within the backward pass: there is no step to leave out.
+    # DeepSpeed moves the weights within the backward pass: the step cannot be skipped.
     return (
         HARMS
         | {LATE: SAVED, BEST: WORSE}
@@ -126,7 +126,7 @@ def alone_cases_of(engine: str) -> dict[str, Case]:
 
 
 def limits(name: str) -> dict[str, float]:
-    """Of `difference`. bfloat16 keeps 8 bits, and FSDP casts what autocast leaves; weights move by 2e-2."""
+    """Tolerances of `difference`. bfloat16 has 8 bits, FSDP casts more; weights move by 2e-2."""
     if "bfloat16" not in name:
         return dict.fromkeys(("loss", "means", "weights"), 1e-5)
     return {"loss": 5e-3, "means": 2e-2, "weights": 4e-6 if name == SMALL else 5e-3}
@@ -145,7 +145,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(models: Path) -> Any:
-    """Results of one engine, all cases in one start of its processes."""
+    """Results of one engine, with all cases in one start of its processes."""
     known: dict[str, dict[str, Any]] = {}
 
     def of(engine: str) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def test_two_ranks_are_one(engine: str, results: Any, record_property: Any) -> N
     for name, mine, one in pairs_of(engine, results):
         assert mine["engine"] == engine and mine["world_size"] == 2
         moved = max((w - one["start"][key]).abs().max() for key, w in one["weights"].items())
-        assert moved > (1e-6 if name == SMALL else 1e-3)  # something has been trained
+        assert moved > (1e-6 if name == SMALL else 1e-3)  # the weights have changed
         assert bool(mine["offloads"]) == ("offload" in name)
         for column, limit in limits(name).items():
             assert table[name][column] <= limit, (name, table[name])
@@ -219,13 +219,15 @@ def test_half_precision_is_of_the_arithmetic_alone(engine: str, results: Any) ->
         found = results(engine)[name]
         assert found["optimizer_dtypes"] == {"torch.float32"}, name
         assert {w.dtype for w in found["weights"].values()} == {torch.float32}
-        # PEFT saves the frozen weight of the head, in bfloat16, with its adapter.
+        # PEFT saves the frozen bfloat16 weight of the head with its adapter.
         trained = [w for key, w in found["weights"].items() if "base_layer" not in key]
         rounded = [not torch.equal(w, w.bfloat16().float()) for w in trained]
-        assert all(rounded), name  # steps smaller than bfloat16 can take are kept
+        assert all(rounded), name  # steps below the resolution of bfloat16 are kept
         if name != SMALL:
             whole = results(engine)[name.removesuffix(" bfloat16")]
-            assert found["losses"][0]["loss"] != whole["losses"][0]["loss"]  # it was bfloat16
+            assert (
+                found["losses"][0]["loss"] != whole["losses"][0]["loss"]
+            )  # the frozen weight was bfloat16
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -255,7 +257,7 @@ def test_the_reference_cache_is_that_of_one_process(engine: str, results: Any) -
             off = 1e-4 if exact else 0.02 * abs(value)
             assert found[key] == pytest.approx(value, abs=off), name
         if "other reference" in name:
-            assert mine["step_zero"] is None  # it is not what the policy starts from
+            assert mine["step_zero"] is None  # the policy does not start from it
             continue
         assert mine["step_zero"]["nats_per_token"] < (1e-6 if exact else 0.02)
         off = 1e-6 if exact else 1e-3

@@ -1,4 +1,4 @@
-"""Two hosts: two network namespaces with an address each, a torchrun node in each, one run."""
+"""Two hosts: two network namespaces with one address each, one torchrun node in each, one run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[list[tuple[str, str]]]:
-    """(namespace, network interface) of two hosts that reach each other and nothing else."""
+    """(namespace, network interface) of two hosts that can only reach each other."""
     if shutil.which("ip") is None:
         pytest.skip("two hosts need `ip` (iproute2)")
     names = [f"rpo{os.getpid()}{side}" for side in "ab"]

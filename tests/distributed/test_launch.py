@@ -1,4 +1,4 @@
-"""What is shipped for accelerate and DeepSpeed, as they read it; the runs they start: test_chain.py."""
+"""The shipped files for accelerate and DeepSpeed as these libraries read them; for runs see test_chain.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def test_what_is_shipped() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_accelerate_reads_the_config(path: Path) -> None:
     config = ClusterConfig.from_yaml_file(str(path))
-    assert config.mixed_precision in (None, "no")  # else it would contradict the recipe's dtype
+    assert config.mixed_precision in (
+        None,
+        "no",
+    )  # otherwise it would contradict the recipe's dtype
     if config.fsdp_config:
         assert config.fsdp_config["fsdp_version"] == 2
     if config.deepspeed_config:

@@ -1,4 +1,4 @@
-"""A multimodal checkpoint with frozen towers on two ranks, under each engine: as on one."""
+"""A multimodal checkpoint with frozen towers on two ranks, under each engine, equals that on one."""
 
 from __future__ import annotations
 

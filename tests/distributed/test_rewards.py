@@ -1,4 +1,4 @@
-"""`generate` and `score` on two ranks: the file of one process, also where that one was interrupted."""
+"""`generate` and `score` on two ranks write the file of one process, also after an interrupted run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def together(*command: object, failing: bool = False) -> str:
 
 
 def interrupted(out: Path, command: list[object], keep: slice) -> None:
-    """What one process leaves that was killed after some rows."""
+    """The partial file of a process that was killed after some rows."""
 
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt

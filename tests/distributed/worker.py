@@ -1,9 +1,9 @@
-"""Trains small models under one engine: the process that a launcher starts, once for each rank.
+"""Trains small models under one engine: the process that a launcher starts once per rank.
 
     python -m tests.distributed.worker ENGINE OUT CASE...
 
-Each case leaves OUT/CASE.pt, written by the first rank: losses by step, final weights, rows by rank. The
-models lie beside OUT; they are loaded after the engine is chosen, so ZeRO-3 loads each rank's part alone.
+For each case, the first rank writes OUT/CASE.pt: losses by step, final weights, rows by rank. The models are
+next to OUT; they are loaded after the engine is selected, so that ZeRO-3 loads only each rank's part.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STEPS = 3
 
 
 def engine_settings(engine: str, **more: Any) -> dict[str, Any]:
-    """Training arguments that start an engine on CPUs; `more` goes into FSDP's own settings."""
+    """Training arguments that start an engine on CPUs; `more` are FSDP's own settings."""
     if engine in ("none", "ddp"):
         return {"use_cpu": True}
     if engine == "fsdp2":
@@ -50,7 +50,7 @@ def engine_settings(engine: str, **more: Any) -> dict[str, Any]:
 
 
 def trainer_of(engine: str, case: dict[str, Any], out: Path) -> Any:
-    """The trainer of a case; the global batch is the same whatever the world size."""
+    """The trainer of a case; the global batch is the same for every world size."""
     from rpo_trainer.data.quickstart import character_tokenizer
     from rpo_trainer.trainers import RewardTrainer
     from tests.trainers.conftest import TRAINERS
@@ -64,7 +64,7 @@ def trainer_of(engine: str, case: dict[str, Any], out: Path) -> Any:
         extra |= {"objective": "regression", "attributes": ("quality", "depth")}
     elif kind != "sft":
         extra |= {"beta": 0.3, "sft_loss_weight": 0.1}
-        # Several forwards of the reference pass, an odd number of them.
+        # An odd number of several forwards in the reference pass.
         extra |= {"reference_cache_dir": str(out / "reference"), "reference_batch_tokens": 60}
         given["ref_model"] = str(models / "other") if case.get("other_reference") else None
     if "lora" in case:
@@ -97,20 +97,20 @@ def trainer_of(engine: str, case: dict[str, Any], out: Path) -> Any:
 
 
 def num_rows(kind: str, batch: int) -> list[dict[str, Any]]:
-    """Two global batches and two rows more: with accumulation, some of the last forwards are fillers."""
+    """Two global batches and two more rows: with accumulation, some of the last forwards are fillers."""
     from tests.trainers.plain import make_rows
 
     ks = (2,) if kind == "dpo" else (2, 3) if kind == "rpo" else (1,)
     rows = make_rows(1, (ks * batch)[:batch] * 2 + ks[:1] * 2, spans=kind == "sft", rewards=True)
     if kind == "reward":
-        for number, row in enumerate(rows):  # not all of them are rated
+        for number, row in enumerate(rows):  # some of them have no ratings
             row["attributes"] = [number % 5, None if number % 3 == 0 else number % 4]
     return rows
 
 
 @contextlib.contextmanager
 def counted_offloads() -> Iterator[list[None]]:
-    """Counts the layers whose activations transformers offloads; into pinned memory on a GPU alone."""
+    """Count the layers whose activations transformers offloads; pinned memory is used on a GPU only."""
     from transformers import modeling_utils
 
     own, done = modeling_utils.save_on_cpu, []
@@ -124,7 +124,7 @@ def counted_offloads() -> Iterator[list[None]]:
 
 
 def optimizer_dtypes(trainer: Any) -> set[str]:
-    """Of the weights that the innermost optimizer moves, and of its moments."""
+    """Dtypes of the weights that the innermost optimizer updates, and of its moments."""
     inner = trainer.optimizer
     while hasattr(inner, "optimizer"):
         inner = inner.optimizer
@@ -181,7 +181,7 @@ def _references(out: Path) -> dict[Any, float]:
 
 
 def harm(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
-    """The second step's loss or gradient is not finite, on the second rank alone."""
+    """The second step's loss or gradient is not finite, on the second rank only."""
     from transformers import TrainerCallback
 
     from rpo_trainer.errors import NonFiniteError
@@ -198,7 +198,7 @@ def harm(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
             term = next(iter(result.terms.values()))
             if case["harm"] == "loss":
                 term.numerators = term.numerators * float("inf")
-            else:  # 0, with a gradient that is no number
+            else:  # 0, with a gradient of NaN
                 term.numerators = (
                     term.numerators + (term.numerators - term.numerators.detach()).abs().sqrt()
                 )
@@ -225,7 +225,7 @@ def harm(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def save_late(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
-    """The second rank is late with what it writes into a checkpoint."""
+    """The second rank is slow to write its part of a checkpoint."""
     from rpo_trainer.runtime.distributed import rank
     from rpo_trainer.trainers import checkpoint
 
@@ -244,7 +244,7 @@ def save_late(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def load_best(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Steps that make it worse and worse; at the end every rank has the best weights again."""
+    """Every step makes the metric worse; at the end every rank has the best weights again."""
     trainer = trainer_of(engine, case, out)
     trainer.train()
     lines = [line for line in trainer.state.log_history if "eval_loss" in line and line["step"]]

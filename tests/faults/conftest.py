@@ -1,4 +1,4 @@
-"""One small run, stopped on its way and never stopped."""
+"""One small run, interrupted and uninterrupted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.chain.killer import run_until
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Sums do not depend on what else the machine does."""
+    """Use one thread, so that sums do not depend on other load of the machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,7 +33,7 @@ def sampled_rpo() -> tiny.Recipe:
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the run that nothing happened to."""
+    """The directory of the uninterrupted run."""
     folder = tmp_path_factory.mktemp("faults-straight")
     tiny.run(folder, sampled_rpo())
     return folder
@@ -47,7 +47,7 @@ def expected(straight: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the same run, ended behind step 2 of 3."""
+    """The directory of the same run, ended after step 2 of 3."""
     folder = tmp_path_factory.mktemp("faults-stopped")
     run_until("step:rpo:2", lambda: tiny.run(folder, sampled_rpo()))
     return folder
@@ -55,5 +55,5 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def again(stopped: Path, tmp_path: Path) -> Path:
-    """A copy of it, to harm."""
+    """A copy of it, to be damaged."""
     return shutil.copytree(stopped, tmp_path / "again")

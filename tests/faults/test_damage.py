@@ -1,4 +1,4 @@
-"""Files harmed one by one: found, and the weights are those of the run that nothing happened to."""
+"""Files damaged one by one: detected, and the weights equal those of the undisturbed run."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ harms = pytest.mark.parametrize("harm", HARMS, ids=lambda harm: harm.__name__)
 
 
 def drawn(harm: Harm, name: str) -> random.Random:
-    """The same harm in the same place each time; the seed is in the summary."""
+    """Damage at the same position each time; the seed is in the summary."""
     return random.Random(f"{SEED} {harm.__name__} {name}")
 
 
 def kept(path: Path) -> Iterator[bytes]:
-    """The file's content, put back when the generator is asked again."""
+    """Yield damaged contents of a file; restore it when the generator continues."""
     content = path.read_bytes()
     yield content
     path.write_bytes(content)
@@ -64,7 +64,7 @@ def kept(path: Path) -> Iterator[bytes]:
 
 @harms
 def test_every_file_of_a_checkpoint(harm: Harm, again: Path, injected: Injected) -> None:
-    """Whatever is harmed, the checkpoint before it is taken."""
+    """Whatever is damaged, the previous checkpoint is used."""
     folder = again / "run" / "rpo"
     files = sorted(path for path in (folder / "checkpoint-2").rglob("*") if path.is_file())
     assert {"model.safetensors", "optimizer.pt", "manifest.json", "rng_state.pth"} <= {
@@ -76,7 +76,7 @@ def test_every_file_of_a_checkpoint(harm: Harm, again: Path, injected: Injected)
         harm(path, drawn(harm, path.name))
         changed = not path.is_file() or path.read_bytes() != before
         fault = checkpoint.verify_manifest(folder / "checkpoint-2")
-        # A bit of the manifest's own white space or version says nothing of the checkpoint.
+        # A changed bit in the manifest's white space or version does not affect the checkpoint.
         harmless = path.name == checkpoint.MANIFEST and harm is flipped_bit
         assert fault is not None or harmless or not changed, path
         found = checkpoint.last_complete(folder)
@@ -120,7 +120,7 @@ def test_all_checkpoints(again: Path, expected: dict[str, str], injected: Inject
 def test_every_file_of_an_output(
     harm: Harm, straight: Path, tmp_path: Path, injected: Injected
 ) -> None:
-    """Later stages start from it: the run stops, and says which file it is."""
+    """Later stages start from it: the run stops and names the file."""
     folder = shutil.copytree(straight, tmp_path / "again")
     final = folder / "run" / "rpo" / "final"
     for path in sorted(path for path in final.rglob("*") if path.is_file()):
@@ -139,7 +139,7 @@ def test_every_file_of_an_output(
     tiny.run(folder, sampled_rpo())
 
 
-# --- what is computed once and kept ---
+# --- cached results ---
 
 
 @harms
@@ -156,7 +156,7 @@ def test_the_reference_cache(
 def test_sampled_rows(
     harm: Harm, again: Path, expected: dict[str, str], injected: Injected
 ) -> None:
-    """Made again where they cannot be read; other rows than the stage began with are refused."""
+    """Computed again if unreadable; rows other than those the stage began with are refused."""
     (path,) = (again / "run" / "rpo").glob("generated-*.jsonl")
     harm(path, drawn(harm, "rows"))
     refusal = None
@@ -172,12 +172,12 @@ def test_sampled_rows(
     injected(f"{harm.__name__} in the sampled rows", "stopped" if refusal else "survived")
 
 
-# --- what the run says of itself ---
+# --- the record of the run ---
 
 
 @harms
 def test_chain_json(harm: Harm, again: Path, expected: dict[str, str], injected: Injected) -> None:
-    """What has been computed stands in it and nowhere else: the run stops, its checkpoints untouched."""
+    """It is the only record of what was computed: the run stops, and keeps its checkpoints."""
     path = again / "run" / "chain.json"
     content = path.read_bytes()
     harm(path, drawn(harm, "chain.json"))
@@ -195,10 +195,10 @@ def test_chain_json(harm: Harm, again: Path, expected: dict[str, str], injected:
 @pytest.mark.parametrize(
     "name", ["metrics.jsonl", pytest.param("recipe.yaml", marks=pytest.mark.slow)]
 )
-def test_what_is_only_told(
+def test_files_that_only_report(
     name: str, harm: Harm, again: Path, expected: dict[str, str], injected: Injected
 ) -> None:
     harm(again / "run" / name, drawn(harm, name))
     assert tiny.weights(tiny.run(again, sampled_rpo())) == expected
-    tiny.metrics(again / "run")  # every line that is left can be read
+    tiny.metrics(again / "run")  # every remaining line is readable
     injected(f"{harm.__name__} in {name}", "survived")

@@ -1,4 +1,4 @@
-"""A full disk, no rights, a limit: wherever a run writes, it stops with the reason, and goes on later."""
+"""A full disk, missing permissions, a size limit: the run stops with the reason and can be resumed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.faults.conftest import sampled_rpo
 from tests.raising import raises
 
 FULL, RIGHTS = errno.ENOSPC, errno.EACCES
-# What the libraries make of the system's answer.
+# How the libraries report the system's error.
 OF_SAFETENSORS = SafetensorError(
     "Error while serializing: I/O error: No space left on device (os error 28)"
 )
@@ -44,7 +44,7 @@ POINTS = [
 
 @contextlib.contextmanager
 def failing(point: str, error: Exception) -> Iterator[list[str]]:
-    """The write at `point` fails, once; gives a list that is filled then."""
+    """Let the write at `point` fail once; yield a list that is filled then."""
     reached: list[str] = []
 
     def fail() -> None:
@@ -82,7 +82,7 @@ def stops_and_goes_on(
     assert tiny.metric_steps(folder / "run", "rpo") == [(step, False) for step in (1, 2, 3)]
 
 
-# Of each kind of writing one; the others are slow tests.
+# One write of each kind; the others are slow tests.
 FAST = {
     "replace:run/chain.json", "replace:reference-cache", "open:metrics.jsonl",
     "file:rpo/.staging/checkpoint-2/optimizer.pt", "file:rpo/.final/model.safetensors",
@@ -125,7 +125,7 @@ def test_what_the_libraries_say_of_it(
 def test_a_limit_of_the_kernel_itself(
     tmp_path: Path, expected: dict[str, str], injected: Injected
 ) -> None:
-    """Nothing is simulated: files may not grow beyond 40 KiB, and the weights are more."""
+    """Nothing is simulated: files may not exceed 40 KiB, and the weights are larger."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40 * 1024, hard))
     try:

@@ -1,4 +1,4 @@
-"""Trainers on the first GPU; every test of this folder needs one."""
+"""Trainers on the first GPU, which every test of this directory requires."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TRAINERS = {"sft": SFTTrainer, "dpo": DPOTrainer, "rpo": RPOTrainer}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what lies in this folder where no GPU is visible."""
+    """Skip the tests of this directory if no GPU is visible."""
     if torch.cuda.is_available():
         return
     for item in items:
@@ -33,7 +33,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def start() -> Any:
-    """The policy's start: grouped keys, heads of 16, so that the variable-length kernel takes it."""
+    """The initial policy: grouped keys, heads of 16, so that the variable-length kernel supports it."""
     return make_model(hidden_size=64, max_position_embeddings=512)
 
 

@@ -1,4 +1,4 @@
-"""Sampling on a GPU: greedy responses are those of `generate`, sampled ones do not depend on their batch."""
+"""On a GPU, greedy responses equal those of `generate`; sampled ones do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_greedy_responses_are_those_of_generate(policy: Any, tokenizer: Any) -> 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
 def test_samples_are_those_of_the_cpu(policy: Any, tokenizer: Any, temperature: float) -> None:
-    """The numbers drawn are a function of seed and key; float32 arithmetic moves few of the tokens."""
+    """The random numbers are a function of seed and key; float32 arithmetic changes few of the tokens."""
 
     def sample(model: Any, **settings: Any) -> list[str]:
         found = sample_responses(

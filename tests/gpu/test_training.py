@@ -1,4 +1,4 @@
-"""Training on a GPU: the layout that the probe picks, the figures of the CPU, waits, and resumed runs."""
+"""Training on a GPU: the selected layout, metrics equal to the CPU's, synchronizations, and resumed runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rows_of(kind: str) -> list[dict[str, Any]]:
 
 
 def test_a_default_device_of_the_callers(start: Any) -> None:
-    """`torch.device("cuda")` around it: what is drawn on the CPU stays there."""
+    """`torch.device("cuda")` as the default; what is drawn on the CPU stays there."""
     from peft import LoraConfig
 
     adapter = LoraConfig(r=2, target_modules=["q_proj"])
@@ -43,7 +43,7 @@ def furthest(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) 
 
 
 class Metrics(TrainerCallback):
-    """What each step logs."""
+    """The metrics that each step logs."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, float]] = []
@@ -56,7 +56,7 @@ class Metrics(TrainerCallback):
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "mistral"])
 @pytest.mark.parametrize("arithmetic", ["float32", "autocast", "bfloat16"])
 def test_prompts_are_shared(family: str, arithmetic: str, make_trainer: Any) -> None:
-    """The proof compares to the last bit, and nothing of the GPU's arithmetic makes it fall back."""
+    """The proof compares to the last bit, and the GPU's arithmetic does not cause a fallback."""
     model = make_model(family, max_position_embeddings=512)
     if arithmetic == "bfloat16":
         model = model.bfloat16()
@@ -70,7 +70,7 @@ def test_prompts_are_shared(family: str, arithmetic: str, make_trainer: Any) -> 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "rpo"])
 def test_the_figures_are_those_of_the_cpu(kind: str, make_trainer: Any, tmp_path: Path) -> None:
-    """In float32. Shares of pairs are left out: a difference of a last bit decides them at step 0."""
+    """In float32. Fractions of pairs are excluded: a difference of a last bit decides them at step 0."""
     found = []
     for use_cpu in (False, True):
         metrics = Metrics()
@@ -107,7 +107,7 @@ def test_the_figures_are_those_of_the_cpu(kind: str, make_trainer: Any, tmp_path
 def test_the_host_waits_once_a_step(
     kind: str, settings: dict[str, Any], make_trainer: Any, tmp_path: Path
 ) -> None:
-    """torch counts the waits itself. More micro-batches in a step add none, more steps one each."""
+    """torch counts the synchronizations. More micro-batches per step add none, more steps one each."""
 
     def waits(steps: int, micro: int) -> Counter[str]:
         trainer = make_trainer(
@@ -126,7 +126,7 @@ def test_the_host_waits_once_a_step(
             f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchronizing" in str(w.message)
         )
 
-    waits(2, 2)  # what happens once in a process
+    waits(2, 2)  # once per process
     short, long, finer = waits(2, 2), waits(5, 2), waits(5, 1)
     added = long - short
     assert {place.split(":")[0] for place in added} == {"guards.py"}, added
@@ -135,7 +135,7 @@ def test_the_host_waits_once_a_step(
 
 
 class Stop(TrainerCallback):
-    """Ends a run after a step, its checkpoint written."""
+    """End a run after a step whose checkpoint is written."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -148,7 +148,7 @@ class Stop(TrainerCallback):
 def resumed_and_straight(
     kind: str, make_trainer: Any, folder: Path, **settings: Any
 ) -> list[dict[str, torch.Tensor]]:
-    """Weights of a run that stopped after half of its steps and was resumed, and of two straight ones."""
+    """Weights of a run resumed after half of its steps, and of two uninterrupted ones."""
     settings = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, **settings}
 
     def run(name: str, **extra: Any) -> Any:
@@ -172,7 +172,7 @@ def resumed_and_straight(
 def test_resumed_is_straight(
     kind: str, bf16: bool, make_trainer: Any, tmp_path: Path, record_property: Any
 ) -> None:
-    """To the order in which the GPU adds gradients: no further than two straight runs are apart."""
+    """Up to the order in which the GPU adds gradients: no further apart than two uninterrupted runs."""
     resumed, straight, again = resumed_and_straight(
         kind, make_trainer, tmp_path, bf16=bf16, optim="sgd", learning_rate=0.1
     )
@@ -197,7 +197,7 @@ def determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("kind", ["sft", "rpo"])
 @pytest.mark.usefixtures("determinism")
 def test_resumed_is_straight_bitwise(kind: str, make_trainer: Any, tmp_path: Path) -> None:
-    """With deterministic kernels there is no difference at all."""
+    """With deterministic kernels there is no difference."""
     resumed, straight, _ = resumed_and_straight(
         kind, make_trainer, tmp_path, bf16=True, full_determinism=True
     )
@@ -205,7 +205,7 @@ def test_resumed_is_straight_bitwise(kind: str, make_trainer: Any, tmp_path: Pat
 
 
 def test_random_state_of_the_gpu_is_resumed(make_trainer: Any, tmp_path: Path) -> None:
-    """Dropout draws from the GPU's own generator."""
+    """Dropout uses the GPU's own generator."""
     noisy = make_model("gpt2")
     for module in noisy.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -222,7 +222,7 @@ def test_random_state_of_the_gpu_is_resumed(make_trainer: Any, tmp_path: Path) -
     straight.train()
     with pytest.raises(KeyboardInterrupt):
         run("stopped", callbacks=[Stop(2)]).train()
-    torch.cuda.manual_seed(12345)  # a process does not start in the state of the one before
+    torch.cuda.manual_seed(12345)  # a process does not start in the state of the previous one
     resumed = run("stopped")
     resumed.train(resume_from_checkpoint=True)
     assert furthest(weights(resumed), weights(straight)) < 1e-5

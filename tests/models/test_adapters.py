@@ -1,4 +1,4 @@
-"""Adapters: what is taken, what a fresh one must not change, and what a merged one must still say."""
+"""Adapters: what is accepted, what a new one must not change, and the outputs of a merged one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def lora(**settings: Any) -> Any:
 
 
 def stirred(model: Any, seed: int = 0) -> Any:
-    """The model with every trainable parameter moved, as if it had been trained."""
+    """Return the model with every trainable parameter changed, as after training."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -49,7 +49,7 @@ def logps(model: Any) -> torch.Tensor:
 
 
 TIED = {"tie_word_embeddings": True}
-# What is trained, and the model's own settings.
+# Trained parts, and the model's own settings.
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "attention": (lambda: lora(), {}),
     "all-linear": (lambda: lora(target_modules="all-linear"), {}),
@@ -108,7 +108,7 @@ def test_the_probe_passes_and_leaves_the_adapter_as_it_was(kind: str) -> None:
 def test_a_path_through_a_fresh_adapter_is_seen_only_with_randomized_zeros() -> None:
     model = adapters.with_adapter(make_model(), lora())
     for name, module in model.named_modules():
-        if name.endswith("lora_A.default"):  # each position gets its neighbour's
+        if name.endswith("lora_A.default"):  # each position gets that of the next token
             module.register_forward_hook(lambda m, i, o: o.roll(1, -2))
     assert probe(model)[0] == "shared"
     with adapters.randomized_zero_init(model):
@@ -119,7 +119,7 @@ def test_a_path_through_a_fresh_adapter_is_seen_only_with_randomized_zeros() -> 
     assert layout != "shared"
 
 
-# --- what is taken ---
+# --- what is accepted ---
 
 
 def prompt_learning() -> list[Any]:
@@ -196,7 +196,7 @@ FUSED = {
 def test_experts_that_are_left_as_they_are_are_named(
     family: str, targets: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The names that the warning gives train the experts of all layers, and then there is no warning."""
+    """With the names in the warning, the experts of all layers are trained, and there is no warning."""
     if (family, targets) == ("mixtral", "all-linear"):
         pytest.skip("PEFT turns this into target_parameters of its own")
     excluded = {"exclude_modules": ["router", "gate"]} if targets == "all-linear" else {}
@@ -242,7 +242,7 @@ def test_grouped_layers_among_the_targets_are_named() -> None:
 
 
 def old_experts(folder: Path, *, without: str = "nothing") -> None:
-    """A LoRA adapter of Mixtral as transformers 4 names it: one pair for each expert."""
+    """A LoRA adapter of Mixtral with the names of transformers 4: one pair for each expert."""
     config = peft.LoraConfig(
         r=2, target_modules=["w1", "w2", "w3"], task_type="CAUSAL_LM",
         base_model_name_or_path="base",
@@ -275,7 +275,7 @@ def test_experts_as_transformers_4_names_them(tmp_path: Path) -> None:
 
 
 def test_loftq_is_refused_by_what_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """LoftQ fits the adapter to the error of a quantized base: together they are not the model."""
+    """LoftQ fits the adapter to the quantization error of the base: together they are not the model."""
     from peft.tuners.lora import LoraLayer
 
     def rounded(self: Any, name: str, config: Any) -> None:
@@ -322,7 +322,7 @@ def test_a_mixed_model_is_refused() -> None:
     assert "PeftMixedModel" in error.value.what
 
 
-# --- a policy that is its base still ---
+# --- a policy that still equals its base ---
 
 
 def test_a_fresh_adapter_starts_as_its_base() -> None:
@@ -332,9 +332,9 @@ def test_a_fresh_adapter_starts_as_its_base() -> None:
         assert adapters.starts_as(model, base)
         assert not adapters.starts_as(model, make_model(seed=1))
         assert not adapters.starts_as(stirred(model), base)
-    assert not adapters.starts_as(base, base)  # nothing to find out
+    assert not adapters.starts_as(base, base)  # nothing to compare
     moved = adapters.with_adapter(copy.deepcopy(base), lora(init_lora_weights="pissa"))
-    assert not adapters.starts_as(moved, base)  # the same but for rounding: no claim is made
+    assert not adapters.starts_as(moved, base)  # equal up to rounding: treated as different
 
 
 # --- merging ---
@@ -389,7 +389,7 @@ def test_an_adapter_is_read_back(saved: Path) -> None:
     assert logps(model).shape == expected.shape
 
 
-def test_what_cannot_be_read_is_said(saved: Path) -> None:
+def test_what_cannot_be_read_is_reported(saved: Path) -> None:
     with raises("adapter.cannot-load", ModelError, where=str(saved)):
         adapters.load_adapter(make_model(hidden_size=64), saved, trainable=True)
     adapter_files.require_same_config(saved, {"r": 4, "target_modules": ["v_proj", "q_proj"]})
@@ -406,7 +406,7 @@ def test_what_cannot_be_read_is_said(saved: Path) -> None:
         adapter_files.base_of(saved)
 
 
-def test_other_files_beside_an_adapter(saved: Path) -> None:
+def test_other_files_next_to_an_adapter(saved: Path) -> None:
     make_model().config.save_pretrained(saved)  # as some programs save it
     save_file({"x": torch.ones(2)}, saved / "draft.safetensors")
     assert adapter_files.is_adapter(saved)
@@ -457,7 +457,7 @@ INCOMPLETE: dict[str, tuple[Callable[[Path], None], str, str]] = {
 
 @pytest.mark.parametrize("case", INCOMPLETE)
 def test_an_incomplete_adapter_is_refused(case: str, tmp_path: Path) -> None:
-    """PEFT warns and starts what is missing anew, or goes to the hub for it."""
+    """PEFT warns and initializes the missing weights, or looks for them on the hub."""
     spoil, kind, named = INCOMPLETE[case]
     config = lora(task_type="CAUSAL_LM", modules_to_save=["norm"])
     stirred(adapters.with_adapter(make_model(), config)).save_pretrained(tmp_path)
@@ -472,7 +472,7 @@ def test_an_incomplete_adapter_is_refused(case: str, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_embeddings_is_complete(tmp_path: Path) -> None:
-    """PEFT writes the weights below it too."""
+    """PEFT also saves the weights below it."""
     config = lora(task_type="CAUSAL_LM", target_modules=["embed_tokens", "lm_head", "q_proj"])
     stirred(adapters.with_adapter(make_model(), config)).save_pretrained(tmp_path)
     adapters.load_adapter(make_model(), tmp_path, trainable=False)
@@ -485,7 +485,7 @@ def test_a_changed_base_is_not_changed_again_when_it_is_read(tmp_path: Path) -> 
     model.unload().save_pretrained(tmp_path / "base")
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     wrong = logps(adapters.load_adapter(read, tmp_path / "adapter", trainable=False))
-    assert (wrong - expected).abs().max() > 0.01  # PEFT takes from the base once more
+    assert (wrong - expected).abs().max() > 0.01  # PEFT copies it from the base again
     adapter_files.write_base(tmp_path / "adapter", "../base", plain_start=True)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     right = logps(adapters.load_adapter(read, tmp_path / "adapter", trainable=False))
@@ -494,7 +494,7 @@ def test_a_changed_base_is_not_changed_again_when_it_is_read(tmp_path: Path) -> 
 
 
 def test_plain_logprobs_is_not_the_packed_step() -> None:
-    """The other side of the comparison above has no packing in it."""
+    """The other side of the comparison above, without packing."""
     model = make_model()
     assert len(plain_logprobs(model, random_examples(1))) > 0
     assert not hasattr(model, "_rpo_stock")

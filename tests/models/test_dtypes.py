@@ -41,7 +41,7 @@ def dtypes(model: nn.Module, *, trained: bool) -> set[torch.dtype]:
 
 
 def held(model: nn.Module) -> int:
-    """Bytes of the distinct weights."""
+    """Return the bytes of the distinct weights."""
     return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
@@ -56,7 +56,7 @@ def held(model: nn.Module) -> int:
     ids=str,
 )  # fmt: skip
 def test_adapters_of_a_bfloat16_base_are_float32(fields: dict[str, Any], tmp_path: Path) -> None:
-    """Trained whole or by matrices, saved, and loaded again with the same digits."""
+    """Trained fully or by LoRA matrices, saved, and loaded again with the same values."""
     base = cast_weights(make_model(), BF16)
     base.save_pretrained(tmp_path / "base")
     model: Any = adapters.with_adapter(base, lora(**fields))
@@ -68,7 +68,7 @@ def test_adapters_of_a_bfloat16_base_are_float32(fields: dict[str, Any], tmp_pat
     model.save_pretrained(tmp_path / "adapter")
     kept = peft.get_peft_model_state_dict(model)
     if fields.get("init_lora_weights") == "pissa":
-        return  # its base is another one now: see the chain's `base`
+        return  # it has another base: see the chain's `base`
     again: Any = adapters.load_adapter(
         AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=BF16),
         tmp_path / "adapter",
@@ -77,7 +77,7 @@ def test_adapters_of_a_bfloat16_base_are_float32(fields: dict[str, Any], tmp_pat
     found = peft.get_peft_model_state_dict(again)
     assert all(torch.equal(found[name], kept[name]) for name in kept)
     assert dtypes(again, trained=True) == {torch.float32}
-    for autocast in (False, True):  # with mixed dtypes in either arithmetic
+    for autocast in (False, True):  # with mixed dtypes for either arithmetic
         with torch.autocast("cpu", BF16, enabled=autocast):
             again(input_ids=IDS, use_cache=False).logits.float().sum().backward()
     assert all(p.grad is not None for p in again.parameters() if p.requires_grad)
@@ -94,11 +94,11 @@ def test_frozen_weights_take_two_bytes_each() -> None:
     storages = {
         p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()
     }
-    assert sum(storages.values()) == held(model)  # no float32 copy stays behind a view
+    assert sum(storages.values()) == held(model)  # no view keeps a float32 copy alive
 
 
 def test_casting_leaves_buffers_alone() -> None:
-    """Rotary frequencies in bfloat16 would turn the positions of long texts."""
+    """Rotary frequencies in bfloat16 would rotate the positions of long texts."""
     plain, cast = make_model(), cast_weights(make_model(), BF16)
     for (name, a), (_, b) in zip(plain.named_buffers(), cast.named_buffers(), strict=True):
         assert a.dtype == b.dtype == torch.float32 and torch.equal(a, b), name

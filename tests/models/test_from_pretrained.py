@@ -1,4 +1,4 @@
-"""Models are loaded whole, from safetensors, and without code of their repositories."""
+"""Models are loaded completely, from safetensors, and without code of their repositories."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_ties_renamings_and_old_masks_are_no_faults(family: str, tmp_path: Path)
     check_stored(AutoModelForCausalLM, AutoConfig.from_pretrained(tmp_path), tmp_path, "")
 
 
-# Beside the weights that transformers reads, whole or in parts.
+# Next to the weights that transformers reads, complete or partial.
 BESIDE: dict[str, Tensors] = {
     "consolidated": {"layers.0.attention.wq.weight": torch.ones(2, 2)},
     "draft": {"extra.weight": torch.ones(2, 2)},
@@ -149,7 +149,7 @@ def test_only_the_files_that_transformers_reads_count(
     (saved / "cut.safetensors").write_bytes(b"version https://git-lfs")
     check_safetensors(saved, "here")
     LOADERS[loader](saved)
-    # What the others hold is not what is loaded.
+    # The contents of the other files are not loaded.
     save_file(whole, saved / "model-of-old.safetensors", metadata={"format": "pt"})
     read = next(p for p in weight_files(saved) if "lm_head.weight" in load_file(p))
     kept = without("lm_head")(load_file(read))
@@ -159,7 +159,7 @@ def test_only_the_files_that_transformers_reads_count(
     for path in weight_files(saved):
         path.unlink()
     code = "model.no-weights" if size == "1GB" else "model.damaged-weights"
-    with raises(code, ModelError, where="here"):  # of several parts the index is left
+    with raises(code, ModelError, where="here"):  # if there are several files, the index remains
         check_safetensors(saved, "here")
 
 
@@ -242,7 +242,7 @@ def test_a_classifier_may_keep_its_language_head(tmp_path: Path) -> None:
         load_weights(tmp_path / "rm", reward=True)
 
 
-def test_an_adapter_beside_a_model_is_not_loaded_with_it(saved: Path) -> None:
+def test_an_adapter_next_to_a_model_is_not_loaded_with_it(saved: Path) -> None:
     (saved / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     for load in (load_weights, LOADERS["a name"]):
         with raises("model.adapter-in-directory", ModelError):
@@ -253,7 +253,7 @@ def test_an_adapter_beside_a_model_is_not_loaded_with_it(saved: Path) -> None:
 
 
 def foreign(folder: Path, mark: Path) -> None:
-    """Turns a model and its tokenizer into ones with code of their own."""
+    """Turn a model and its tokenizer into ones with custom code."""
     (folder / "evil.py").write_text(
         f"open({str(mark)!r}, 'w')\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
         "class C(LlamaConfig): model_type = 'evil'\nclass M(LlamaForCausalLM): config_class = C\n"
@@ -338,7 +338,7 @@ def calls() -> list[tuple[Path, ast.Call, str]]:
 
 
 def test_every_call_that_could_run_foreign_code_says_whether_it_may() -> None:
-    """transformers asks on stdin where it is not told; these calls cannot: they read JSON, or no files."""
+    """transformers prompts on stdin by default; these calls cannot: they read JSON, or no files."""
     harmless = {
         "GenerationConfig", "PeftConfig", "PeftModel", "TaskManager",
         "kind",  # loading without a source, from headers

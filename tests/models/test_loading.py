@@ -62,7 +62,7 @@ def test_random_weights_follow_the_seed_alone(tmp_path: Path) -> None:
     other = model_of(random_spec(), tmp_path, seed=1).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
-    assert first["lm_head.weight"].shape == (100, 16)  # the tokenizer's size, unless said
+    assert first["lm_head.weight"].shape == (100, 16)  # the tokenizer's size by default
 
 
 def test_the_vocabulary_may_be_larger_than_the_tokenizer(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_bad_configuration_is_named(
         model_of(random_spec(**changes), tmp_path)
     assert re.search(f"(?s){words}", f"{error.value.what} {error.value.fix}")
     assert error.value.why and error.value.fix
-    assert len(str(error.value)) < 500  # not the list of all models there are
+    assert len(str(error.value)) < 500  # not a list of all model types
 
 
 def test_fields_of_other_names_are_taken(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_paths_are_relative_to_the_recipe(
     model = model_of(spec, folder)
     assert load_tokenizer(spec, folder).eos_token == "</s>"
     assert model_of(ModelSpec(name_or_path=str(folder / "model")), tmp_path) is not None
-    # What is written into adapters is found from any directory.
+    # The path written into adapters works from any directory.
     assert model.config._name_or_path == model.name_or_path == str(folder / "model")
     assert load_weights(Path(os.path.relpath(folder / "model"))).name_or_path == str(
         folder / "model"
@@ -258,7 +258,7 @@ def test_without_a_network_only_the_cache_is_read(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """transformers by itself tries for 45 s, and then reads the cache."""
+    """transformers would retry for 45 s before it reads the cache."""
 
     def file_exists(self: object, name: str, file: str, *, repo_type: str, revision: str) -> bool:
         assert (name, repo_type, revision) == ("some/model", "model", "v1")

@@ -1,4 +1,4 @@
-"""Checkpoints with towers, trained on text: their class, what is frozen, what is saved, and their numbers."""
+"""Checkpoints with towers, trained on text: their class, frozen and saved weights, and outputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from rpo_trainer.models.loading import (
 )
 from rpo_trainer.models.multimodal import random_model, text_decoder, tower_parameters
 from rpo_trainer.models.preload_checks import check_towers, check_unread
-from rpo_trainer.models.saved_files import write_beside
+from rpo_trainer.models.saved_files import write_auto_class_files
 from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.packing import pack
 from rpo_trainer.trainers.engine import may_be_unused
@@ -137,7 +137,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make_checkpoint(name: str, folder: Path) -> Any:
-    """A random model of a shape, its biases and norms random too, saved with its processor's file."""
+    """A random model of a shape, with random biases and norms, saved with its processor's file."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[name](**SHAPES[name])
     model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32)
@@ -208,7 +208,7 @@ def test_a_step_of_dpo(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert frozen.keys() == tower_parameters(model).keys()
     assert f"{sum(p.numel() for p in frozen.values()):,} of " in caplog.text
     assert not may_be_unused(model) or name == "aria"  # a list of experts may be unused
-    # Without frozen weights, and with no others that text leaves out.
+    # No weights are frozen except those that text does not use.
     gradients: dict[str, float] = {}
 
     def note(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -229,13 +229,13 @@ def test_a_step_of_dpo(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixtu
     there = dict(again.named_parameters())
     assert all(torch.equal(there[n], p) for n, p in frozen.items())
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == json.dumps({"of": name})
-    # The packed step of the trained model, and the plain forward of what was saved.
+    # The packed step of the trained model, and the plain forward of the saved one.
     rows, model = examples(), model.eval()
     expected = plain_logprobs(again.eval(), rows)
     with torch.no_grad():
         packed = token_logprobs(model, pack(rows, dpo.layout, pad_token_id=0).model_inputs)
     assert (packed - expected).abs().max() < 2e-6
-    assert (plain_logprobs(made, rows) - expected).abs().max() > 1e-3  # it has learned something
+    assert (plain_logprobs(made, rows) - expected).abs().max() > 1e-3  # the model has changed
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "mllama"])
@@ -263,7 +263,7 @@ def test_adapters_are_put_into_the_language_model_alone(name: str, tmp_path: Pat
 
 
 def test_a_composite_classifier_and_one_of_the_text_part(tmp_path: Path) -> None:
-    """Gemma-3 has a classifier with its towers; of Mistral-3 the text decoder alone has one."""
+    """Gemma-3 has a classifier with its towers; Mistral-3 only has one for the text decoder."""
     rows = [
         {"prompt": "a", "chosen": "b", "rejected": "c"},
         {"prompt": "d", "chosen": "e", "rejected": "f"},
@@ -284,7 +284,7 @@ def test_a_composite_classifier_and_one_of_the_text_part(tmp_path: Path) -> None
         trainer(RewardTrainer, str(tmp_path / "qwen"), tmp_path / "run", rows)
     with raises(
         "adapter.text-part", ModelError
-    ):  # no base that a PEFT adapter of it could be loaded on
+    ):  # no base that a PEFT adapter of it could be loaded onto
         trainer(
             RewardTrainer, str(tmp_path / "mistral3"), tmp_path / "run", rows,
             peft_config=LoraConfig(r=2, target_modules="all-linear"),
@@ -307,7 +307,7 @@ def test_a_processor_stands_for_its_tokenizer() -> None:
 
 
 def test_the_template_of_a_processor_alone(tmp_path: Path) -> None:
-    """Old processors keep their template in a file that no tokenizer reads, and prefer it."""
+    """Old processors have their template in a file that tokenizers do not read, and prefer it."""
     tokenizer = character_tokenizer()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "model")
@@ -343,9 +343,9 @@ def test_a_text_config_that_no_auto_class_knows(tmp_path: Path) -> None:
     model = load_weights(tmp_path)
     assert type(model) is Emu3ForCausalLM
     assert isinstance(text_decoder(model), nn.Module)
-    # The output is read by an Auto class too: its configuration is the whole one that stands for this part.
+    # An Auto class also reads the output: it has the composite configuration, which contains this part.
     model.save_pretrained(tmp_path / "out")
-    write_beside(model, tmp_path / "out")
+    write_auto_class_files(model, tmp_path / "out")
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert type(again) is Emu3ForCausalLM and not any(info.values())
     assert again.config.to_diff_dict()["vocab_size"] == model.config.vocab_size

@@ -1,4 +1,4 @@
-"""What is known of a model before its weights are read: its context, and whose tokens it has."""
+"""Checks of a model before its weights are read: its context length, and whose tokens it has."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def test_4_bits_pack_and_merge(quantized: Any, compute: torch.dtype) -> None:
 
 @pytest.mark.extras("bitsandbytes")
 def test_4_bits_again_take_back_what_was_merged(quantized: Any, tmp_path: Path) -> None:
-    """Why merged 4-bit weights are not quantized again: most of them snap back to where they were."""
+    """Why merged 4-bit weights are not quantized again: most of them return to their old values."""
     start = dequantized(quantized())
     model = adapters.with_adapter(copy.deepcopy(start), lora(target_modules="all-linear"))
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""What libraries print when they are imported after this package."""
+"""Output of libraries that are imported after this package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reward models: the packed scores are those of any tool that loads the saved directory."""
+"""Reward models: the packed scores equal those of other tools that load the saved directory."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def make_reward_model(family="llama", *, dtype=torch.float32, names=NAMES, **set
     model = as_reward_model(make_model(family, dtype=dtype), attributes=names, **settings)
     model.config.pad_token_id = 0
     with torch.no_grad():
-        model.score.weight.mul_(20)  # a fresh head gives scores too small to tell faults by
+        model.score.weight.mul_(20)  # scores of a new head are too small to show faults
     return model
 
 
 def plain_scores(model, examples, padding="right"):
-    """One stock forward of padded rows, as any other tool would do it."""
+    """One stock forward of padded rows, as in other tools."""
     rows = [e["prompt_ids"] + r for e in examples for r in e["response_ids"]]
     width = max(map(len, rows))
 
@@ -201,7 +201,7 @@ def test_the_probe_shares_prompts_for_known_families(family, dtype):
 
 
 def test_the_probe_sees_a_fresh_head_whose_scores_are_small(monkeypatch, caplog):
-    """As a stock attention would: position ids alone, the siblings in plain sight."""
+    """Like a stock attention: only position ids, so that sibling responses are visible."""
 
     functions = attention.AttentionInterface._global_mapping
     monkeypatch.setitem(functions, attention.ATTENTION_NAME, Blind())
@@ -232,7 +232,7 @@ def test_a_head_that_only_the_model_knows_is_left_to_its_own_forward(caplog):
 
 
 def test_the_probes_tokens_end_no_row_with_the_pad_token():
-    """Else the plain forward would read its scores one token earlier than the packed one."""
+    """Otherwise the plain forward would read its scores one token before the packed one."""
     for pad in range(61):
         model = make_reward_model()
         model.config.pad_token_id = pad

@@ -1,4 +1,4 @@
-"""Special tokens during training: as transformers' Trainer would align them, without its warning."""
+"""Special tokens during training: aligned as by transformers' Trainer, without its warning."""
 
 from __future__ import annotations
 

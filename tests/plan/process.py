@@ -1,9 +1,9 @@
-"""A process that trains two steps, and what was planned for it.
+"""A process that trains two steps, for comparison with its plan.
 
     python -m tests.plan.process SETTINGS
 
-SETTINGS is JSON; see `SETTINGS`. With an engine it is one rank of two. It prints `held N of M`: the most
-bytes it has held beyond what it held when all libraries were there, and all of them.
+SETTINGS is JSON; see `SETTINGS`. With an engine it is one rank of two. It prints `held N of M`: its peak in
+bytes beyond what it held once all libraries were loaded, and its total peak.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def ranks_of(settings: dict[str, Any]) -> int:
 
 
 def rows_of(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """One optimizer step, all rows alike."""
+    """One optimizer step on rows of equal lengths."""
     ids = list(range(2, 102))
     return [
         {"id": str(i), "source": "x", "prompt_ids": ids * 2, "response_ids": [ids, ids],
@@ -52,7 +52,7 @@ def adapter(settings: dict[str, Any]) -> Any:
 
 
 def planned(settings: dict[str, Any]) -> int:
-    """Bytes of one rank's peak; libraries and Python's own objects not counted."""
+    """Return the bytes of one rank's peak, without libraries and Python's own objects."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -107,9 +107,7 @@ def train(settings: dict[str, Any]) -> None:
     trainer: Any = RewardTrainer if reward else DPOTrainer
     dtype = "bfloat16" if settings["frozen"] else "float32"  # below an adapter
     model = AutoModelForCausalLM.from_pretrained(settings["folder"], dtype=dtype, **held)
-    for tensor in (
-        model.parameters() if held else ()
-    ):  # else the file that was quantized stays mapped
+    for tensor in model.parameters() if held else ():  # otherwise the quantized file stays mapped
         tensor.data = tensor.data.clone()
     trainer(
         model=model,
@@ -141,7 +139,7 @@ def main(text: str) -> None:
     before = psutil.Process().memory_info().rss
     train({**SETTINGS, **json.loads(text)})
     sys.stdout.flush()
-    # In one piece: two ranks write to the same place.
+    # In one write, because two ranks write to the same file.
     os.write(1, f"\nheld {peak_memory() - before} of {peak_memory()}\n".encode())
     distributed.end()
 

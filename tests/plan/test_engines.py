@@ -1,4 +1,4 @@
-"""How engines spread memory: the arithmetic, and the command that starts each."""
+"""How engines distribute memory: the arithmetic, and the command that starts each."""
 
 from __future__ import annotations
 
@@ -45,14 +45,16 @@ def test_fsdp2_shards_all_and_gathers_two_layers_and_the_rest(half: bool, gather
 def test_zero2_keeps_the_weights_and_shards_gradients_and_state() -> None:
     found = per_device(MEMORY, "zero2", 4, half=False)
     assert (found.weights, found.gradients, found.optimizer) == (4000, 1000, 3000)
-    assert found.gathered == 4000  # all gradients are in one bucket of so small a model
+    assert found.gathered == 4000  # all gradients of such a small model are in one bucket
     assert per_device(MEMORY, "zero2", 4, half=True) == found  # its weights are float32
 
 
 def test_zero3_shards_the_weights_too_and_offload_moves_them_to_the_host() -> None:
     found = per_device(MEMORY, "zero3", 4, half=True)
     assert (found.weights, found.gradients, found.optimizer, found.host) == (1000, 1000, 3000, 0)
-    assert found.gathered == (4000 + 4000) // 2  # so small a model stays whole, and is one bucket
+    assert (
+        found.gathered == (4000 + 4000) // 2
+    )  # such a small model is not split, and is one bucket
     large = dataclasses.replace(MEMORY, parameters=4 * 10**10, gradients=4 * 10**10)
     assert per_device(large, "zero3", 4, half=False).gathered == 4 * 10**9 + 2 * 10**9
     away = per_device(MEMORY, "zero3_offload", 4, half=True)

@@ -1,4 +1,4 @@
-"""A plan of a whole chain, and how it is shown."""
+"""A plan of an entire chain, and its display."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def test_the_reference_pass_belongs_to_preference_stages(plan: Plan) -> None:
 
 
 def test_disk_is_what_a_run_writes(plan: Plan) -> None:
-    """Output and two checkpoints (one that is being written), each of weights and Adam's two moments."""
+    """Output and two checkpoints (one that is being written), each with weights and Adam's two moments."""
     n = plan.parameters
     disk = plan.stages[0].disk
     assert disk["output"] == pytest.approx(4 * n, rel=0.01)
     assert disk["checkpoints"] == disk["saving"] == pytest.approx(12 * n, rel=0.01)
-    # All stages keep theirs; one of them at a time writes another checkpoint.
+    # All stages keep theirs; one stage at a time writes another checkpoint.
     written = [sum(stage.disk.values()) - stage.disk["saving"] for stage in plan.stages]
     assert plan.disk == sum(written) + disk["saving"]
 

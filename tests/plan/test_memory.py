@@ -1,4 +1,4 @@
-"""Memory by simulation: against counts in closed form, and against a process that really trains."""
+"""Simulated memory, compared with counts in closed form and with a process that trains."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_weights_gradients_and_state_are_counted_exactly() -> None:
     buffers = sum(b.numel() * b.element_size() for b in llama().buffers())
     assert found.parameters == 4 * WEIGHTS + buffers
     assert found.gradients == 4 * WEIGHTS
-    # Adam: two moments of four bytes; a step counter for each tensor is all there is beside them.
+    # Adam: two moments of four bytes, and a step counter per tensor.
     assert 0 <= found.optimizer - 8 * WEIGHTS <= 4 * len(list(llama().parameters()))
     assert found.layer == 4 * PER_LAYER
     assert found.root == found.parameters - LAYERS * 4 * PER_LAYER
@@ -99,7 +99,7 @@ def test_state_of_optimizers(optim: str, bytes_: int) -> None:
 
 
 def test_the_process_keeps_its_device(monkeypatch) -> None:
-    """A run looks at the disk first, where it needs this, and then samples: on its GPU, not on the CPU."""
+    """A run first checks the free disk space, which needs this estimate, and then samples: on its GPU."""
     PartialState()
     monkeypatch.setitem(PartialState._shared_state, "device", torch.device("cuda"))
     monkeypatch.setitem(PartialState._shared_state, "process_index", 3)
@@ -122,7 +122,7 @@ def test_activations_follow_the_tokens_and_checkpointing() -> None:
 
 
 def test_gradients_are_held_through_an_accumulated_step() -> None:
-    """The first backward makes gradients where activations were; the second needs room for both."""
+    """The first backward creates gradients while activations are freed; the second needs room for both."""
     assert memory(accumulation=2).activations > memory().activations
     assert memory(accumulation=8) == memory(accumulation=2)
 
@@ -173,7 +173,7 @@ def test_an_8b_model_has_15_gib_of_frozen_weights() -> None:
 
 
 def test_the_logit_tile_is_bounded() -> None:
-    """Twice the tokens make twice the logits; with a small tile they do not."""
+    """Twice the tokens need twice the logits, but not with a small tile."""
 
     def growth(**settings: Any) -> int:
         return memory(count=60, **settings).activations - memory(count=30, **settings).activations
@@ -196,7 +196,7 @@ def test_the_reference_pass_needs_no_activations() -> None:
 
 
 def test_a_base_in_4_bits_is_counted_so() -> None:
-    """The linear layers but the head; LoRA, embeddings and norms are float32."""
+    """All linear layers except the head; LoRA, embeddings and norms are float32."""
 
     def held(dtype: torch.dtype) -> Any:
         model = get_peft_model(llama(dtype), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
@@ -235,7 +235,7 @@ SINGLE: dict[str, dict[str, Any]] = {
     "QLoRA": {"lora": ALL, "nf4": True, "bf16": True, "micro_batch": 8},
 }  # fmt: skip
 
-# What these change is also tested on the simulation alone.
+# The effect of these is also tested on the simulation alone.
 SIMULATED = ("accumulation", "checkpointing", "bfloat16")
 
 
@@ -247,11 +247,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def held_and_planned(settings: dict[str, Any], folder: str, record: Any) -> list[tuple[int, int]]:
-    """Bytes of each rank beyond its libraries: really held, and planned."""
+    """Bytes of each rank beyond its libraries: measured and planned."""
     settings = {**process.SETTINGS, **settings, "folder": folder}
     command = ["tests.plan.process", json.dumps(settings)]
     alone = [sys.executable, "-m", *command]
-    # An allocator that gives back what is freed: the rest is what tensors hold.
+    # An allocator that returns freed memory: the rest is held by tensors.
     eager = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = run(alone if settings["engine"] == "single" else torchrun(*command), **eager)
     assert done.returncode == 0, done.stdout[-3000:]
@@ -284,7 +284,7 @@ LINUX = pytest.mark.skipif(
 def test_a_process_that_trains_holds_what_was_planned(
     name: str, start: str, record_property: Any
 ) -> None:
-    # Beside what is planned, the process keeps buffers of bfloat16 products (benchmarks/README.md).
+    # The process also keeps buffers of bfloat16 products (benchmarks/README.md).
     buffers = 100 * 2**20 if name == "LoRA in bfloat16" else 0
     for held, planned in held_and_planned(SINGLE[name], start, record_property):
         assert held == pytest.approx(planned + buffers, rel=0.15)

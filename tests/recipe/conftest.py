@@ -1,4 +1,4 @@
-"""A small valid recipe, and a way to load a changed one."""
+"""A small valid recipe, and a helper that loads a changed copy."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load(tmp_path: Path) -> Callable[..., LoadedRecipe]:
 def problems(
     load: Callable[..., LoadedRecipe], tmp_path: Path
 ) -> Callable[..., list[RPOTrainerError]]:
-    """The errors of a bad recipe, the directory cut off their places; each has all its parts."""
+    """Return the errors of a bad recipe without the directory in their places; each must be complete."""
 
     def _problems(text: str | bytes, overrides: Sequence[str] = ()) -> list[RPOTrainerError]:
         with pytest.raises(Problems) as caught:

@@ -1,4 +1,4 @@
-"""A recipe with anything in any place loads or is refused with its line; it never breaks the program."""
+"""A recipe with any value in any place loads or is refused with its line; it never crashes the program."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(
     path for path in RECIPES.rglob("*.yaml") if "stages:" in path.read_text(encoding="utf-8")
 )
-# What a field of another kind, or of another stage, would have.
+# Values of fields of another kind, or of another stage.
 WORDS = st.sampled_from(
     ["init", "previous", "model", "dpo", "rpo", "sft", "auto", "1e-5", 1, 2, 0.5, True, None, {}]
 )
@@ -42,7 +42,7 @@ def test_a_recipe_with_anything_in_any_place(
         value = data.draw(WORDS | LIKELY | ANYTHING)
         recipe = spoiled(recipe, path, value, data.draw(st.integers(0, 5)) == 0)
     file = folder / "recipe.yaml"
-    # JSON is YAML, but for the numbers that are none.
+    # JSON is YAML, except for the numbers NaN and Infinity.
     text = (
         json.dumps(recipe, indent=1, ensure_ascii=False)
         .replace("NaN", ".nan")

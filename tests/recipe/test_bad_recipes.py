@@ -1,4 +1,4 @@
-"""What each bad recipe must get: an error with code, place, what, why and fix; nothing is written."""
+"""Bad recipes: each gets an error with code, place, what, why and fix; nothing is written."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def changed(valid: str, old: str, new: str) -> str:
 
 
 def starts(shown: str, place: str, code: str) -> bool:
-    """Whether the first error shown is that one."""
+    """Whether the first error shown is this one."""
     first = shown.splitlines()[0]
     return first.startswith(f"{place}: ") and first.endswith(f" [{code}]")
 
 
 class Tried:
-    """A recipe given to the command line, in an empty directory."""
+    """Pass a recipe to the command line, in an empty directory."""
 
     def __init__(self, folder: Path, capture: Capture) -> None:
         self.folder, self.capture = folder, capture
@@ -36,7 +36,7 @@ class Tried:
     def refused(
         self, text: str | bytes, *overrides: str, command: str = "run", code: int = 2
     ) -> str:
-        """What is shown, the directory cut off; each of the errors has all its parts."""
+        """Return the output without the directory; check that each of the errors is complete."""
         self.path.write_bytes(text if isinstance(text, bytes) else text.encode())
         return self.refused_as_it_is(*overrides, command=command, code=code)
 
@@ -63,7 +63,7 @@ def tried(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> T
 
 DPO = "    beta: 0.1\n"
 
-# case: what is replaced, by what, the code, the place, names and values in the message
+# case: replaced text, replacement, code, place, names and values in the message
 CASES: dict[str, tuple[str, str, str, str, list[str]]] = {
     "key typo": (
         DPO, f"{DPO}    bta: 3\n",
@@ -196,7 +196,7 @@ def test_what_looks_odd_and_is_fine(path: str, tried: Tried, valid: str) -> None
     assert isinstance(recipe.stages[2], DPOStage) and recipe.stages[2].beta == 1e-5
 
 
-# --- the whole file ---
+# --- the entire file ---
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# later\n"])
@@ -220,7 +220,7 @@ def test_no_stages(tried: Tried, valid: str) -> None:
 
 
 def test_an_anchor(tried: Tried, valid: str) -> None:
-    """Refused where it stands, before the alias: `defaults` holds what stages share."""
+    """Refused at its own place, before the alias: `defaults` holds shared values."""
     shown = tried.refused(valid + "a0: &a0 [1, 1]\na1: [*a0, *a0]\n")
     assert starts(shown, "chain.yaml:24", "recipe.invalid-yaml") and "`&a0`" in shown
     assert "`defaults`" in shown.partition("  fix: ")[2]
@@ -319,7 +319,7 @@ def test_a_secret_in_an_override(value: str, tried: Tried, valid: str) -> None:
     assert "hush" not in shown
 
 
-# --- what only the data and the processes tell ---
+# --- errors that need the data or the processes ---
 
 ON_DATA = """\
 model:

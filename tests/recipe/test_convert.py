@@ -1,4 +1,4 @@
-"""Configs of LLaMA-Factory, Axolotl and TRL become recipes; what has no counterpart is listed."""
+"""Configs of LLaMA-Factory, Axolotl and TRL become recipes; settings without a counterpart are listed."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_llama_factory_dpo(convert: Convert) -> None:
     assert {"mystery"} == keys(converted.left_out)
     assert {"template", "output_dir", "gradient_accumulation_steps"} == keys(converted.differences)
     assert "do_train" in keys(converted.not_needed)
-    assert "mystery: 3" in converted.text  # a comment, so that the file says it too
+    assert "mystery: 3" in converted.text  # a comment, so that the file contains it too
 
 
 def test_defaults_of_llama_factory_are_written_out(convert: Convert) -> None:
@@ -224,7 +224,7 @@ def test_tags_that_are_not_read_are_listed(convert: Convert) -> None:
     assert keys(converted.left_out) == {"dataset_info.json.tagged.tags.user_tag"}
 
 
-def test_a_column_that_llama_factory_would_not_read_is_said(
+def test_a_column_that_llama_factory_would_not_read_is_reported(
     convert: Convert, tmp_path: Path
 ) -> None:
     rows = tmp_path / "data" / "pairs.json"
@@ -232,7 +232,7 @@ def test_a_column_that_llama_factory_would_not_read_is_said(
     assert "dataset_info.json.pairs.columns" in keys(convert(LLAMA_FACTORY).differences)
 
 
-def test_a_data_set_that_is_not_defined_is_said(convert: Convert) -> None:
+def test_a_data_set_that_is_not_defined_is_reported(convert: Convert) -> None:
     converted = convert(LLAMA_FACTORY, dataset="elsewhere")
     assert stage_of(converted)["data"]["train"] == [{"path": "elsewhere"}]
     assert "dataset" in keys(converted.differences)

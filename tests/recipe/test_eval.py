@@ -94,12 +94,13 @@ def test_a_stage_is_compared_with_what_is_there(problems: Show) -> None:
     "specs",
     [
         {"recipe": "{" + RESPONSES + ", baseline: model}"},
-        {
-            "recipe": "{" + PAIRS + ", baseline: rpo-1}"
-        },  # stages before it are compared with nothing
+        {"recipe": "{" + PAIRS + ", baseline: rpo-1}"},  # earlier stages are not compared
         {"recipe": "{" + PAIRS + ", baseline: ./elsewhere}"},
         {"rpo": "{" + BY_RM + ", baseline: sft}"},
-        {"recipe": "{" + BY_RM + "}", "sft": "{" + PAIRS + "}"},  # all that it holds for come later
+        {
+            "recipe": "{" + BY_RM + "}",
+            "sft": "{" + PAIRS + "}",
+        },  # all stages that it applies to come later
         {"recipe": "{" + BY_RM.replace("rm}", "./rm}") + ", " + TASKS + "}"},
         {"recipe": "{" + BY_RM.replace("{model: rm}", "{judge: {url: http://u, model: m}}") + "}"},
         {"recipe": "{nll: [{path: a}], " + TASKS + "}"},

@@ -147,7 +147,7 @@ def test_prompts_are_held_out_before_their_responses_are_sampled(tmp_path: Path)
         {**row, "responses": ["a", "b"], "rewards": [1.0, float(row["id"] == tie)]}
         for row in preparer.prompts(stage, Audit())
     ]
-    after = preparer.prepare(stage, made=made, tokenize=False)
+    after = preparer.prepare(stage, scored_rows=made, tokenize=False)
     assert {row["id"] for row in after.rows} == {row["id"] for row in before.rows}
     assert after.set_aside is not None and len(after.set_aside) == 4  # one was a tie
     loaded = tiny.load(tmp_path, recipe)

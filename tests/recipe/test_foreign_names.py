@@ -1,4 +1,4 @@
-"""The table of other tools' names: what it says stands in the schema, and is said wherever a name is met."""
+"""The table of other tools' names matches the schema, and is used wherever a name is read."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def test_a_default_goes_only_to_the_kinds_that_have_it(load: Load, valid: str) -
     assert not hasattr(stages[2], "reward_scale")
 
 
-def test_a_default_is_checked_beside_the_other_defaults(load: Load, valid: str) -> None:
+def test_a_default_is_checked_next_to_the_other_defaults(load: Load, valid: str) -> None:
     warm = "defaults:\n  warmup_steps: 3\n"
     text = valid.replace("defaults:\n", f"{warm}  lr_scheduler_type: constant_with_warmup\n")
     assert {stage.warmup_steps for stage in load(text).recipe.stages} == {3}

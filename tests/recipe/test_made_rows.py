@@ -1,4 +1,4 @@
-"""generate, score, pairs, resample and responses_from in a recipe: errors, and what rounds become."""
+"""generate, score, pairs, resample and responses_from in a recipe: errors, and the expansion of rounds."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ MADE_BY_POLICIES = "generate: {{max_new_tokens: 5, policies: {}}}, score: {{mode
 def test_what_is_refused(problems: Show, dpo: str, code: str, field: str) -> None:
     found = problems(chain(dpo))
     assert (code, f"chain.yaml:14 (stages.dpo.data.{field})") in {(p.code, p.where) for p in found}
-    # `train` stands in the chain, beside `responses_from` too.
+    # The stage that samples has `train`, also next to `responses_from`.
     assert len(found) == 1 or "responses_from" in dpo
 
 

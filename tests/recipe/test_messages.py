@@ -19,7 +19,7 @@ def _beta(value: str) -> tuple[str, str]:
     return "    beta: 0.1\n", f"    beta: {value}\n"
 
 
-# replaced, by, code, where, names and values in the message
+# replaced text, replacement, code, place, names and values in the message
 BAD: dict[str, tuple[str, str, str, str, list[str]]] = {
     "typo": (*_dpo("bta: 3"), "recipe.unknown-key", "chain.yaml:18 (stages.dpo.bta)", ["`beta`?"]),
     "typo at the top": (

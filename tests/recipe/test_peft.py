@@ -1,4 +1,4 @@
-"""`peft` in a recipe: ours typed, LoraConfig's let through, and one adapter through several stages."""
+"""`peft` in a recipe: typed fields, fields of LoraConfig, and one adapter through several stages."""
 
 from __future__ import annotations
 

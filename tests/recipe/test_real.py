@@ -1,4 +1,4 @@
-"""The recipes in recipes/real fit the data that prepare.py makes, of the hub's rows and of local ones."""
+"""The recipes in recipes/real match the data that prepare.py creates, from hub rows and from local files."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_no_prompt_is_trained_on_and_held_out(data: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.name))
 def test_a_recipe_is_ready_to_run_on_them(path: Path, data: Path, tmp_path: Path) -> None:
-    """The files and columns that it names are there, and what a verifier needs of them."""
+    """The files and columns that it names exist, and so do the columns that a verifier reads."""
     save_base_model(tmp_path / "model")
     words = [f"model.name_or_path={tmp_path / 'model'}", "defaults.warmup_steps=0"]
     loaded = load_recipe(data.parent / path.name, words)
@@ -101,7 +101,7 @@ def test_what_measure_counts(data: Path) -> None:
 
 
 def test_the_hub_is_read_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names of data sets, configs and splits go to `load_dataset` as they stand in the table."""
+    """The names of data sets, configs and splits are passed to `load_dataset` as they are in the table."""
     prepare, asked = script("prepare"), []
 
     def load(path: str, config: str | None, *, split: str, streaming: bool) -> Any:

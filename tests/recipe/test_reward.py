@@ -1,4 +1,4 @@
-"""Reward stages in a recipe: their place in the chain, and what they may say."""
+"""Reward stages in a recipe: their place in the chain, and their fields."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_defaults_of_a_reward_stage(load: Load) -> None:
     assert (stage.attributes, stage.reward_weights, stage.margin_scale) == (None, None, 0.0)
 
 
-# the line replaced, by, code, where, names and values in the message
+# replaced line, replacement, code, place, names and values in the message
 PAIRS = "    data: {train: [{path: pairs.jsonl}], eval_fraction: 0.1}\n"
 RATED = "    attributes: [helpfulness]\n"
 BAD: dict[str, tuple[str, str, str, str, list[str]]] = {
@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_one_error_with_its_code_and_place(name: str, probl
     assert [word for word in words if word not in str(found)] == [], found
 
 
-def test_an_adapter_may_go_on_behind_a_reward_stage(load: Load) -> None:
+def test_an_adapter_may_continue_after_a_reward_stage(load: Load) -> None:
     peft = "    peft: {r: 4, between_stages: keep}\n"
     text = CHAIN.replace(
         "    data: {train: [{path: sft.jsonl}]}\n", peft + "    data: {train: [{path: s}]}\n"

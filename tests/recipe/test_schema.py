@@ -37,7 +37,7 @@ def test_every_field_has_a_description_in_the_json_schema() -> None:
     for spec in _all_specs():
         shown = schema if spec is Recipe else schema["$defs"][spec.__name__]
         assert set(shown["properties"]) == set(spec.model_fields)
-        # `peft` takes the fields of LoraConfig besides.
+        # `peft` also accepts the fields of LoraConfig.
         assert shown["additionalProperties"] is (spec is PeftSpec)
         for name, field in shown["properties"].items():
             assert field.get("description"), f"{spec.__name__}.{name}"

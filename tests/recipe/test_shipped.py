@@ -1,4 +1,4 @@
-"""Every recipe that ships loads, resolves, and is the chain that its file says."""
+"""Every shipped recipe loads, resolves, and is the chain that its comment describes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rpo_trainer.recipe import (
 )
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-# What lies in accelerate/ are the launchers' own files.
+# The files in accelerate/ are configurations of launchers.
 SHIPPED = sorted(p for p in RECIPES.rglob("*.yaml") if p.parent.name != "accelerate")
 
 

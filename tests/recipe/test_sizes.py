@@ -1,4 +1,4 @@
-"""Sizes that no machine has room for are refused before anything is made of them."""
+"""Sizes beyond any machine's memory are refused before anything is allocated."""
 
 from __future__ import annotations
 

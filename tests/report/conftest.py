@@ -1,4 +1,4 @@
-"""A made-up run directory, for the tests of the report."""
+"""A synthetic run directory for the tests of the report."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def default_stages() -> list[Stage]:
 def preference_rows(
     name: str, delta: float, beta: float = 0.5, rejected: float = -6.0
 ) -> list[Stage]:
-    """40 steps over which chosen and rejected log-probs move by `delta` and `rejected` nats."""
+    """40 steps in which chosen and rejected log-probs move by `delta` and `rejected` nats."""
     rows = []
     for step in range(1, 41):
         part = step / 40
@@ -113,7 +113,7 @@ def write_lines(path: Path, rows: list[Stage]) -> None:
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a run directory; each argument takes the place of what a finished run has."""
+    """Write a run directory; each argument replaces a part of a finished run."""
 
     def make(
         stages: list[Stage] | None = None,
@@ -152,12 +152,12 @@ def make_preference_rows() -> Callable[..., list[Stage]]:
 
 
 def about(run: RunResults, stage: str, key: str) -> Finding:
-    """The one finding of a stage that has this key."""
+    """Return the only finding of a stage with this key."""
     found = [finding for finding in judge(run).of_stage(stage) if finding.key == key]
     assert len(found) == 1, [(one.key, one.text) for one in judge(run).of_stage(stage)]
     return found[0]
 
 
 def cells(run: RunResults) -> dict[str, list[Cell]]:
-    """The cells of the comparison by the key of their column."""
+    """Return the cells of the comparison by the key of their column."""
     return {column.key: column.cells for column in comparison(run)}

@@ -1,4 +1,4 @@
-"""Reward stages in the report: their figures, words and plots."""
+"""Reward stages in the report: metrics, texts and plots."""
 
 from __future__ import annotations
 

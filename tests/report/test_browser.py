@@ -1,4 +1,4 @@
-"""The report as a person sees it, in headless Chromium: nothing empty, overlapping or cut off."""
+"""The report in headless Chromium: no part is empty, overlapping or clipped."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def browser() -> Iterator[Any]:
 
 
 def full_run(make_run: Callable[..., Path], make_stage: Any, make_evaluation: Any) -> Path:
-    """All that a report can show, with names and texts of awkward lengths."""
+    """Everything that a report can show, with names and texts of unusual lengths."""
     audit = {
         "read": {"a": 500},
         "dropped": {"tie": {"count": 317, "examples": ["a-rather-long-file-name.jsonl:12"]}},
@@ -122,7 +122,7 @@ def page_of(browser: Any) -> Iterator[Callable[..., Any]]:
         page.on("request", lambda request: asked.append(request.url))
         page.goto(report.resolve().as_uri())
         page.evaluate("document.querySelectorAll('details').forEach((d) => (d.open = true))")
-        assert asked == [report.resolve().as_uri()]  # one file, and nothing from elsewhere
+        assert asked == [report.resolve().as_uri()]  # one file, which loads nothing else
         return page
 
     yield show

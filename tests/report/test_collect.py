@@ -82,7 +82,7 @@ def test_without_chain_json_the_stages_come_from_the_metrics(make_run: Make) -> 
     run = collect_run(run_dir)
     assert [(stage.name, stage.kind) for stage in run.stages] == [
         ("sft", "sft"),
-        ("dpo", "rpo"),  # all that can be known: target gaps were logged
+        ("dpo", "rpo"),  # all that is known: target gaps were logged
         ("rpo-1", "rpo"),
     ]
     assert not run.finished

@@ -166,7 +166,7 @@ def test_row_text_is_escaped(make_run: Make, make_stage: Make) -> None:
         samples={"sft": [{"prompt": nasty, "ground_truth": nasty, "greedy": nasty}]},
     )
     page = page_of(run_dir)
-    assert page.tags.count("script") == 1  # the one of the sample browser
+    assert page.tags.count("script") == 1  # that of the sample browser
     assert "img" not in page.tags
     assert "<script>alert(1)</script>" in page.words()
     assert "{{ 7 * 7 }}" in page.words()
@@ -185,7 +185,7 @@ def test_the_page_needs_nothing_from_elsewhere(make_run: Make) -> None:
     assert all(link.startswith("#") for link in page.links)
     assert {link[1:] for link in page.links} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
-    assert str(run_dir.parent) not in markup  # a run can be moved, and shown to others
+    assert str(run_dir.parent) not in markup  # a run can be moved, and shared
     assert "prefers-color-scheme: dark" in markup
     assert 'name="viewport"' in markup
 

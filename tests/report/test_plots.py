@@ -78,11 +78,11 @@ def test_other_prompts_are_no_before(make_run: Make, make_stage: Make) -> None:
 
 
 def test_integers_have_bins_of_integer_width() -> None:
-    assert bin_edges(1, 3, whole=True) == [0.5, 1.5, 2.5, 3.5]
-    wide = bin_edges(1, 100, whole=True)
+    assert bin_edges(1, 3, integers=True) == [0.5, 1.5, 2.5, 3.5]
+    wide = bin_edges(1, 100, integers=True)
     assert {b - a for a, b in itertools.pairwise(wide)} == {5.0} and wide[-1] >= 100
-    assert bin_edges(0.0, 2.4, whole=False)[:2] == [0.0, pytest.approx(0.1)]
-    assert bin_edges(2.0, 2.0, whole=False) == [1.5, 2.5]
+    assert bin_edges(0.0, 2.4, integers=False)[:2] == [0.0, pytest.approx(0.1)]
+    assert bin_edges(2.0, 2.0, integers=False) == [1.5, 2.5]
 
 
 def test_svg_stands_alone_in_a_page(make_run: Make) -> None:

@@ -162,7 +162,7 @@ def test_further_figures_have_columns_of_their_own(
     assert [cell.text for cell in columns["gsm8k.exact_match"]] == ["–", "0.400", "–"]
     assert [cell.best for cell in columns["wikitext.perplexity"]] == [False, True, False]
     text = printed(run_dir)
-    assert "win" not in text and "gsm8k" not in text  # 80 columns hold the main figures alone
+    assert "win" not in text and "gsm8k" not in text  # 80 columns fit the main figures only
 
 
 def test_stages_with_baselines_of_their_own_say_which(make_run: Make, make_stage: Make) -> None:
@@ -171,7 +171,7 @@ def test_stages_with_baselines_of_their_own_say_which(make_run: Make, make_stage
     run_dir = make_run(stages=stages, metrics=[])
     intervals = [cell.interval for cell in cells(collect_run(run_dir))["win_rate"]]
     assert intervals == ["0.550 to 0.700 against sft", "0.550 to 0.700 against model"]
-    assert "0.625" in printed(run_dir)  # there is no reward that would say more
+    assert "0.625" in printed(run_dir)  # there is no reward with more information
 
 
 def test_held_out_pairs_are_in_the_terminal_where_no_reward_is(

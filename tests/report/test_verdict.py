@@ -83,7 +83,7 @@ def test_overshooting_the_target_is_a_warning(make_run: Make, make_preference_ro
 def test_a_gap_far_below_its_target_is_amber_with_what_to_change(
     make_run: Make, make_preference_rows: Make
 ) -> None:
-    # Ends at 0.9625 of 0.25 · (1 + 3) = 0.9625, with a target of 2.5; 2.4 times that is enough.
+    # Ends at 0.9625 of 0.25 · (1 + 3) = 0.9625, with a target of 2.5; 2.4 times the gap is enough.
     rows = make_preference_rows("rpo-1", delta=1.0, rejected=-3.0, beta=0.25)
     run = collect_run(make_run(metrics=rows))
     finding = about(run, "rpo-1", "gap-short")
@@ -165,7 +165,7 @@ def test_prompts_that_get_one_answer_again_and_again_are_no_alarm(
     assert finding.level == "info" and "temperature" in str(finding.advice)
 
 
-def test_what_several_stages_share_is_said_once(make_run: Make, make_stage: Make) -> None:
+def test_what_several_stages_share_is_reported_once(make_run: Make, make_stage: Make) -> None:
     def stage(name: str, remark: str) -> Any:
         return make_stage(name, "dpo", data={"audit": {"remarks": [remark, f"about {name}"]}})
 
@@ -180,7 +180,9 @@ def test_what_several_stages_share_is_said_once(make_run: Make, make_stage: Make
     ]
 
 
-def test_an_upload_that_failed_is_said_with_the_command(make_run: Make, make_stage: Make) -> None:
+def test_an_upload_that_failed_is_reported_with_the_command(
+    make_run: Make, make_stage: Make
+) -> None:
     failed = make_stage("sft", "sft", hub={"repo": "me/it", "error": "401: no such token"})
     done = make_stage("dpo", "dpo", init="sft", hub={"repo": "me/it-2", "commit": "c0ffee"})
     run = collect_run(make_run(stages=[failed, done]))

@@ -1,4 +1,4 @@
-"""Rows that fail, by the code of the reason: `failing` has no result, `unverifiable` gives no check."""
+"""Rows that fail, by the code of the reason: `failing` has no result, `unverifiable` no check."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rpo_trainer.data.rows import RowError
 
 @contextmanager
 def failing(code: str, named: str = "") -> Iterator[pytest.ExceptionInfo[RowFailed]]:
-    """Within it a row fails with this code, and a text with `named` in it."""
+    """Assert that a row fails in the block with this code, and a text that contains `named`."""
     with pytest.raises(RowFailed) as raised:
         yield raised
     assert raised.value.code == code, raised.value
@@ -22,7 +22,7 @@ def failing(code: str, named: str = "") -> Iterator[pytest.ExceptionInfo[RowFail
 
 @contextmanager
 def unverifiable(code: str, *named: str) -> Iterator[pytest.ExceptionInfo[RowError]]:
-    """Within it a row cannot be verified, with this code, and a text with all of `named` in it."""
+    """Assert that a row cannot be verified in the block, with this code, and a text with all of `named`."""
     with pytest.raises(RowError) as raised:
         yield raised
     assert raised.value.code == code, raised.value

@@ -1,4 +1,4 @@
-"""Policies whose responses are known beforehand, for the tests of sampling."""
+"""Policies with known responses, for the tests of sampling."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def next_token_model(table: dict[str, dict[str, float]]) -> LlamaForCausalLM:
 
 
 def plain_greedy(model: LlamaForCausalLM, prompt: str, limit: int) -> Sample:
-    """Token by token, one prompt alone, no cache, no padding."""
+    """Token by token, for one prompt, without cache and padding."""
     tokenizer = character_tokenizer()
     ids = tokenizer(prompt)["input_ids"]
     start = len(ids)

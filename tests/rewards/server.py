@@ -1,4 +1,4 @@
-"""A real HTTP server with an OpenAI-compatible face, which answers as a test tells it to."""
+"""A real HTTP server with an OpenAI-compatible API, whose answers a test determines."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-SOON = {"retry-after-ms": "5"}  # the client waits so long and not longer
+SOON = {"retry-after-ms": "5"}  # the client's timeout
 
 
 @dataclass
 class Answer:
-    """What the server sends: text of a completion, or something else altogether."""
+    """What the server sends: text of a completion, or anything else."""
 
     text: str = ""
     status: int = 200
@@ -27,10 +27,10 @@ class Answer:
     hang_up: bool = False
     finish_reason: str = "stop"
     logprobs: dict[str, float] | None = None
-    beside: dict[str, Any] = field(default_factory=dict)  # of the message, beside its text
+    beside: dict[str, Any] = field(default_factory=dict)  # of the message, next to its text
     content_type: str = "application/json"
     drip: str = ""  # "headers" or "body": a byte at a time, without an end
-    endless: bytes = b""  # sent as a body again and again, until the client closes
+    endless: bytes = b""  # sent as a body repeatedly until the client closes
 
 
 def completion(answer: Answer, path: str) -> bytes:
@@ -50,7 +50,7 @@ def completion(answer: Answer, path: str) -> bytes:
 
 
 class Server:
-    """`asked` holds every request, `paths` its path; `seen` how often each (by its JSON) has come."""
+    """`asked` holds every request, `paths` its path; `seen` the number of times that each was sent."""
 
     def __init__(self, answer: Callable[[dict[str, Any], int], Answer]) -> None:
         self.answer = answer

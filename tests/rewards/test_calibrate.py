@@ -1,4 +1,4 @@
-"""η: fitted to labels, fitted to gaps, and what it does to them."""
+"""η: fitted to labels, fitted to gaps, and its effect on them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_by_source_at_one_eta() -> None:
     assert list(by_source(rows[:1])) == ["all"]
 
 
-def test_no_fit_is_said_and_no_rewards_are_an_error() -> None:
+def test_no_fit_is_reported_and_no_rewards_are_an_error() -> None:
     found = calibrate([row(1.0, 1.0)])
     assert found.fit is None and found.unfit is not None and " 0: η" in found.unfit
     assert found.reward_scale == 1.0

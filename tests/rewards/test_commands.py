@@ -1,4 +1,4 @@
-"""score, generate, pairs, calibrate and audit, as one runs them."""
+"""score, generate, pairs, calibrate and audit as commands."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_pairs_keep_their_shape_their_order_and_their_columns(tmp_path: Path) ->
 
 
 def test_thinking_of_responses_is_written_again(tmp_path: Path) -> None:
-    """Scored, read and paired, a response is still the message that it was."""
+    """Scored, read and paired, a response is still the original message."""
 
     def said(text: str) -> list[dict[str, Any]]:
         return [{"role": "assistant", "content": text, "reasoning_content": f"of {text}"}]
@@ -160,13 +160,13 @@ def test_rewards_of_a_model_weighted(tmp_path: Path) -> None:
 
 
 def trouble_first(good: Any, any_text: bool = False) -> Any:
-    """Each request meets one kind of trouble, and then a good answer."""
+    """Each request fails in one way, and then gets a good answer."""
     kinds = [
         refused(500), refused(429), Answer(hang_up=True), Answer("what?"), Answer(body=b"nonsense"),
         Answer("late", stall=1.0),
     ]  # fmt: skip
 
-    if any_text:  # what is nonsense to a scorer is a response like any other
+    if any_text:  # text that a scorer cannot parse is a response like any other
         kinds = [kind for kind in kinds if not kind.text]
 
     def answer(request: dict[str, Any], count: int) -> Answer:
@@ -178,7 +178,7 @@ def trouble_first(good: Any, any_text: bool = False) -> Any:
 
 def by_content(request: dict[str, Any], _: int) -> Answer:
     text = request["messages"][-1]["content"]
-    # Not at once, or the requests of several threads may come one after the other.
+    # Not all at once, otherwise the requests of several threads may be answered in turn.
     return Answer(f"helpfulness:{len(text)},verbosity:{text.count('i')}.5", stall=0.05)
 
 
@@ -188,7 +188,7 @@ def test_a_reward_endpoint_in_trouble_loses_no_row(tmp_path: Path) -> None:
     command = ("score", data, "--name", "rm", "--weights", weights, "--timeout", 0.4, "-o")
     with serving(trouble_first(by_content)) as server:
         assert run(*command, out, "--endpoint", server.url, "--concurrency", 3) == 0
-        assert 1 < server.most_at_once <= 3 + 6  # those that stall are given up, not ended
+        assert 1 < server.most_at_once <= 3 + 6  # requests that stall time out; they are not ended
     rows = read(out)
     assert [row["id"] for row in rows] == [row["id"] for row in MANY]
     for row in rows:
@@ -340,7 +340,7 @@ def test_responses_of_several_policies(tmp_path: Path, policies: list[Path]) -> 
         "responses": 2, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": 6, "seed": 4,
     }  # fmt: skip
     assert rows[2]["level"] == 2 and rows[2]["ground_truth"] == "x"
-    # One policy alone gives what it gives beside another; so do fewer rows.
+    # A policy's responses do not depend on other policies or rows.
     alone, few = tmp_path / "alone.jsonl", tmp_path / "few.jsonl"
     assert run(*command, "-o", alone, "--seed", 4) == 0
     assert [r["responses"] for r in read(alone)] == [row["responses"][:2] for row in rows]
@@ -349,7 +349,7 @@ def test_responses_of_several_policies(tmp_path: Path, policies: list[Path]) -> 
     assert [r["responses"] for r in read(few)] != [r["responses"] for r in read(alone)][2:4]
 
 
-def test_the_ground_truth_beside_what_is_sampled(
+def test_the_ground_truth_next_to_what_is_sampled(
     tmp_path: Path, policies: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{**row, "ground_truth": f"truth {i}"} for i, row in enumerate(PROMPTS)]
@@ -364,7 +364,7 @@ def test_the_ground_truth_beside_what_is_sampled(
         assert found["finished"] == sampled["finished"] + [True for _ in more]
         assert found["policies"] == sampled["policies"] + ["ground_truth" for _ in more]
         assert found["sampling"]["with_ground_truth"]
-    # It is then chosen, with the reward that it has got.
+    # It is then chosen, with its assigned reward.
     scored, pairs = tmp_path / "s.jsonl", tmp_path / "pairs.jsonl"
     few = write(tmp_path / "few.jsonl", [row for row in read(out) if row["id"] != "q3"])
     assert run("score", few, "--verifier", "partial_match", "-o", scored) == 0
@@ -377,7 +377,7 @@ def test_the_ground_truth_beside_what_is_sampled(
     assert "[data.missing-ground-truth]" in capsys.readouterr().err
 
 
-def test_rows_of_one_source_name_sample_alike_beside_other_rows(
+def test_rows_of_one_source_name_sample_alike_next_to_other_rows(
     tmp_path: Path, policies: list[Path]
 ) -> None:
     rows = [{**row, "source": "s"} for row in PROMPTS]
@@ -407,7 +407,7 @@ def test_responses_of_an_endpoint_in_trouble(tmp_path: Path) -> None:
     assert {k: request[k] for k in sampling} == sampling
     rows = read(out)
     texts = [text for row in rows for text in row["responses"]]
-    assert len({*texts}) == 24  # each request has a seed of its own
+    assert len({*texts}) == 24  # each request has its own seed
     assert rows[0]["policies"] == ["m"] * 4
     assert not any(flag for row in rows for flag in row["finished"])
 
@@ -655,7 +655,7 @@ def test_generate_with_variables_of_the_template(
     first, second = found["a"], found["b"]
     assert first[0]["responses"] != second[0]["responses"]
     assert first[1] == second[1]
-    # Another mode is other work, not a file that is finished.
+    # Another mode is different work, not a finished file.
     assert run(*command, "-o", tmp_path / "a.jsonl", "--kwargs", "mode=b") == 2
     assert run(*command, "-o", tmp_path / "c.jsonl", "--kwargs", "depth=1") == 2
     assert "`depth`" in capsys.readouterr().err

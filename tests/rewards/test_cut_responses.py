@@ -1,4 +1,4 @@
-"""Whether a response has ended goes through files, endpoints, previews and stages to the tokens."""
+"""Whether a response is truncated is passed on by files, endpoints, previews and stages to the tokens."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def test_files_keep_it(generated: Path, tmp_path: Path, select: str) -> None:
 
 @pytest.mark.parametrize("kind", ["dpo", "rpo", "reward"])
 def test_stages_keep_it(generated: Path, tmp_path: Path, kind: str) -> None:
-    """Rows that a run has made; a reward model is trained on what it scores, texts with their end."""
+    """Rows generated in a run; a reward model is trained on what it scores, texts with their end."""
     recipe = tiny.tiny_recipe()
     reward = {"name": "judge", "kind": "reward", "objective": "bradley_terry"}
     recipe["stages"].append({**reward, "data": {"responses_from": "dpo", "pairs": {}}})
     preparer = StagePreparer(tiny.load(tmp_path, recipe))
     stage = next(stage for stage in preparer.stages if stage.kind == kind)
     rows = [{**row, "source": "s"} for row in read(generated)]
-    found = trained(preparer.prepare(stage, made=rows).train)
+    found = trained(preparer.prepare(stage, scored_rows=rows).train)
     known = ended(generated)
     assert found and found == {key: known[key] or kind == "reward" for key in found}
 

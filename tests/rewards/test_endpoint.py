@@ -1,4 +1,4 @@
-"""Endpoints that fail, stall, limit the rate or answer nonsense: asked again, and no row lost."""
+"""Endpoints that fail, stall, limit the rate or return nonsense: requests are retried, and no row is lost."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_a_list_of_messages_is_read_too() -> None:
     ids=["overflow", "nan", "-inf"],
 )
 def test_a_score_that_is_not_finite_is_nonsense(answer: Answer) -> None:
-    """Written down, it would be a file that no stage reads."""
+    """Written out, it would be a file that no stage can read."""
     with serving(lambda *_: answer) as server, failing("endpoint.non-finite-scores"):
         endpoint(server, retries=1).chat(HELLO, attribute_scores)
     assert len(server.asked) == 2

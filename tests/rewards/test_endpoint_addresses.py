@@ -1,4 +1,4 @@
-"""Hosts with several addresses, some of which do not answer: all are tried, within the one deadline."""
+"""Hosts with several addresses, some of which do not answer: all are tried, within one deadline."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Named = Callable[..., None]
 
 @pytest.fixture
 def named(monkeypatch: pytest.MonkeyPatch) -> Named:
-    """Gives HOST these addresses."""
+    """Make HOST resolve to these addresses."""
     real = socket.getaddrinfo
 
     def name(*addresses: str) -> None:
@@ -39,7 +39,7 @@ def named(monkeypatch: pytest.MonkeyPatch) -> Named:
 
 @pytest.fixture
 def dead() -> Iterator[Callable[[int, str], int]]:
-    """Makes an address that answers no connection: its backlog is full. Returns the port."""
+    """Open a port that accepts no connection: its backlog is full. Return the port."""
     with ExitStack() as held:
 
         def make(port: int, address: str) -> int:

@@ -1,4 +1,4 @@
-"""Answers of endpoints as text: read in linear time, and always fit to be written as UTF-8."""
+"""Answers of endpoints as text: read in linear time, and always encodable as UTF-8."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Endpoints that drip, send without end, redirect, or repeat the key."""
+"""Endpoints that send slowly or endlessly, redirect, or repeat the key."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.rewards.failing import failing
 from tests.rewards.server import SOON, Answer, Server, refused, serving
 
 HELLO = [{"role": "user", "content": "hello"}]
-KEY = 'sk-Echo/"42"+' + "S" * 20  # looks different in JSON, in a URL and in HTML
+KEY = 'sk-Echo/"42"+' + "S" * 20  # is escaped differently in JSON, in a URL and in HTML
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_server_that_drips_cannot_extend_the_deadline(part: str, status: int) 
     assert failed.value.service
 
 
-def test_the_deadline_starts_anew_with_each_request_of_a_connection() -> None:
+def test_the_deadline_restarts_with_each_request_of_a_connection() -> None:
     with serving(lambda *_: Answer("fine", stall=0.3)) as server:
         asked = endpoint(server, timeout=0.8)
         for _ in range(4):
@@ -74,7 +74,7 @@ def test_a_drip_is_tried_again_as_often_as_retries_say() -> None:
 
 
 def test_a_slow_reader_cannot_extend_the_deadline() -> None:
-    """A server that takes a large request in small pieces."""
+    """A server that reads a large request in small pieces."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def take() -> None:
@@ -224,7 +224,7 @@ def test_errors_that_repeat_the_key(status: int, form: str, key: str) -> None:
         endpoint(server).chat(HELLO, message_of)
     said = str(error.value)
     assert "sk-Ec" not in said and "[redact" in said
-    inner = error.value.__context__  # a tracker of errors shows what an exception refers to
+    inner = error.value.__context__  # an error tracker records what an exception refers to
     assert isinstance(inner, openai.APIStatusError)
     shown = f"{inner!r} {inner.body} {inner.response.text} {inner.response.headers}"
     assert "sk-Ec" not in shown and "SSSSSS" not in shown
@@ -305,7 +305,7 @@ def test_parameters_of_the_address_are_sent_with_each_request() -> None:
 
 
 def test_answers_that_name_other_variables_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what the server was given: the rest of an answer is data."""
+    """Only what was sent to the server: the rest of an answer is data."""
     monkeypatch.setenv("SOME_TOKEN", "multiplication")
     said = "multiplication at postgres://user:secret@localhost/db?key=value"
     with serving(lambda *_: Answer(said)) as server:
@@ -332,7 +332,7 @@ def test_credentials_of_a_url_stay_out_of_errors() -> None:
 
 
 def test_no_file_and_no_output_of_a_command_holds_the_key(tmp_path: Path) -> None:
-    """Rows, report and the debug log of every library, of a server that repeats the key."""
+    """Rows, report and the debug log of every library, with a server that repeats the key."""
     rows = [{"prompt": "p", "responses": ["a", "b"]}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     echo = {"x-echo": KEY, "x-request-id": KEY}

@@ -1,4 +1,4 @@
-"""Whatever a row says reaches the server that scores or answers it, or is warned of with a count."""
+"""Every part of a row reaches the server that scores or answers it, or a warning counts it."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_prompts_are_sampled_with_their_tools_and_calls(caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize("key", [*THINKING, "tool_calls"])
 @pytest.mark.parametrize("secret", ["", "sk-1234567890"])
-def test_what_answers_say_beside_their_text_is_counted(
+def test_other_content_of_answers_is_counted(
     key: str, secret: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", secret)
@@ -184,7 +184,7 @@ def test_variables_of_a_row_or_of_the_endpoint_are_in_the_body(
         wanted = given if given is not None else None if by == "judge" else GIVEN
         assert all(r.get("chat_template_kwargs") == (wanted or None) for r in server.asked)
     warned = any("documents" in record.getMessage() for record in caplog.records)
-    assert warned  # of what the second endpoint is not told
+    assert warned  # for variables that the second endpoint does not get
 
 
 def test_the_key_of_what_is_sampled_and_scored_depends_on_them() -> None:

@@ -1,4 +1,4 @@
-"""Evaluation: means and intervals that can be worked out by hand."""
+"""Evaluation: means and intervals that can be computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The LLM judge: asked twice, only what stays is kept; its biases are counted."""
+"""The LLM judge: called twice, only consistent verdicts are kept; its biases are counted."""
 
 from __future__ import annotations
 

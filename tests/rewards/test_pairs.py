@@ -137,7 +137,7 @@ def test_best_against_a_random_worse_one() -> None:
     assert all(40 < rejected.count(text) < 95 for text in ("w1", "w2", "w3"))
     assert made(rows, select="best_random", seed=1)[0] == found
     assert made(rows, select="best_random", seed=2)[0] != found
-    # What a row draws does not depend on the rows beside it.
+    # The draw of a row does not depend on other rows.
     assert made(rows[50:60], select="best_random", seed=1)[0] == found[50:60]
 
 

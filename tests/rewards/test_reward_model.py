@@ -166,7 +166,7 @@ def test_messages_go_through_its_template(tmp_path: Path) -> None:
     assert (
         tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "u:hia:yo"
     )  # it has no line break
-    assert ids[-1] == tokenizer.eos_token_id  # and not the line break behind it
+    assert ids[-1] == tokenizer.eos_token_id  # and not the line break after it
     check_template(model, [row])
 
 

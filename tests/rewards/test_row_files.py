@@ -1,4 +1,4 @@
-"""What `score`, `generate` and `calibrate` make of the rows of a file, and what they say of them."""
+"""The rows that `score`, `generate` and `calibrate` read from a file, and their warnings."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_what_is_read_or_written_here_is_not_warned_of(
     assert warned() == ""
 
 
-def test_a_prompt_is_not_guessed_beside_a_column_that_may_hold_it(tmp_path: Path) -> None:
+def test_a_prompt_is_not_guessed_next_to_a_column_that_may_hold_it(tmp_path: Path) -> None:
     row = {"question": "q", "chosen": "x\n\nAssistant: a", "rejected": "x\n\nAssistant: b"}
     with raises("data.missing-prompt", DataError) as error:
         read_responses(source_of(write(tmp_path / "p.jsonl", [row])))
@@ -181,7 +181,7 @@ def test_rows_of_special_tokens_need_to_say_how_they_are_read(
     assert parsed["special_tokens"] == "parse"
 
 
-def test_a_reward_model_reads_special_tokens_as_told(tmp_path: Path) -> None:
+def test_a_reward_model_reads_special_tokens_as_configured(tmp_path: Path) -> None:
     model = save_model(tmp_path / "rm")
     data = write(tmp_path / "p.jsonl", [{"prompt": "<s>x", "chosen": "a", "rejected": "b"}])
     found = []

@@ -1,4 +1,4 @@
-"""Sampling: what is asked for comes back, in order, and nothing else changes."""
+"""Sampling: responses are returned in order, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -308,7 +308,7 @@ def test_unusable_tokenizers_and_prompts_are_refused() -> None:
     with raises("template.refuses-row", DataError, where="prompt 0") as error:
         greedy_responses(model, refusing, [[{"role": "user", "content": "a"}]], max_new_tokens=2)
     assert "no systems" in error.value.what
-    # To texts the template is nothing.
+    # The template does not affect texts.
     assert greedy_responses(model, refusing, ["ab"], max_new_tokens=2)
     beginless = character_tokenizer()
     beginless.bos_token = None
@@ -326,7 +326,7 @@ def test_a_pretrained_model_tells_its_golden_story(shared_dir: Path) -> None:
     (found, _) = greedy_responses(
         model, tokenizer, [begin, "Lily and her mom went to the big"], max_new_tokens=60
     )
-    assert found.text.startswith(" there was a little girl")  # with the space it begins with
+    assert found.text.startswith(" there was a little girl")  # with its leading space
     assert story.startswith(begin + found.text)
     assert len(found.text) > 100
     assert not found.finished

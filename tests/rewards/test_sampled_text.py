@@ -1,4 +1,4 @@
-"""Sampling sees the tokens that training sees, and ends where training ends."""
+"""Sampling uses the tokens that training uses, and ends where training ends."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_tools_are_written_where_the_template_writes_them() -> None:
 def test_the_end_of_a_turn_ends_a_response() -> None:
     model = next_token_model({":": {"a": 1.0}, "a": {"<unk>": 1.0}, "<unk>": {"b": 1.0}})
     tokenizer = character_tokenizer()
-    # A template whose turns end with a token of their own, not with the end token.
+    # A template whose turns end with a different token than the end token.
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}<unk>{% endfor %}"
         "{% if add_generation_prompt %}a:{% endif %}"
@@ -46,7 +46,7 @@ def test_the_end_of_a_turn_ends_a_response() -> None:
 
 
 def seen_tokens(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[list[int]]:
-    """The prompts that `generate` is given, without their padding, as they come."""
+    """The prompts that `generate` receives, without their padding, in order."""
     seen: list[list[int]] = []
     generate = model.generate
 

@@ -31,12 +31,12 @@ ROWS: list[dict[str, Any]] = [
 
 
 def reward(text: str) -> float:
-    """What the model of the server thinks of a response."""
+    """The score of a response by the server's model."""
     return 10.0 - len(text)
 
 
 def vllm(request: dict[str, Any], _: int) -> Answer:
-    """vLLM: `/score` where texts are compared, else `/classify`; 400 for other requests."""
+    """vLLM: `/score` for text pairs, otherwise `/classify`; 400 for other requests."""
     head = {"id": "x", "object": "list", "created": 1, "model": request["model"], "usage": {}}
     if "text_1" in request:
         texts = request["text_2"]
@@ -154,7 +154,7 @@ def test_trouble_is_asked_again(trouble: Answer) -> None:
         assert scored(server, ROWS[:1], api="vllm_score", retries=2)[0]["rewards"][0] == 9.0
 
 
-def test_what_is_not_sent_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_not_sent_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     rows = [{**ROWS[0], "tools": [{"name": "f"}], "chat_template_kwargs": {"x": 1}}]
     with serving(vllm) as server, caplog.at_level(logging.WARNING):
         scored(server, rows, api="vllm_classify")
@@ -173,7 +173,7 @@ def test_the_format_belongs_to_reward_endpoints_alone() -> None:
 
 
 def test_other_formats_have_other_keys() -> None:
-    """Rewards of one format are not taken for those of another."""
+    """Rewards of one format are not reused for another."""
     spec = {"url": "http://localhost:1/v1", "model": "m"}
     keys = {
         make_scorer(ScoreSpec.model_validate({"endpoint": {**spec, "api": api}})).key

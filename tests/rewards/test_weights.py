@@ -1,4 +1,4 @@
-"""Weights of attributes: the published ones, and what does not fit."""
+"""Weights of attributes: the published ones, and invalid ones."""
 
 from __future__ import annotations
 

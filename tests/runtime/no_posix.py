@@ -2,8 +2,8 @@
 
     python -m tests.runtime.no_posix imports | check RECIPE | asserts | peak
 
-The modules are missing for this package alone, and the functions once its libraries are loaded: those have
-builds of their own for each system.
+The modules are missing for this package only, and the functions once its libraries are loaded, which have
+separate builds for each system.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ LIBRARIES = (
     "subprocess", "multiprocessing.pool", "multiprocessing.shared_memory", "torch.distributed",
     "transformers", "accelerate", "datasets", "peft",
 )  # fmt: skip
-OPTIONAL = ("triton",)  # torch's builds for GPUs bring it; the head's kernels are used with it alone
+# A dependency of torch's builds for GPUs; the head's kernels are only used with it.
+OPTIONAL = ("triton",)
 _ELSEWHERE = ("rpo_trainer.rewards.verifiers.sandbox", "rpo_trainer.__main__")  # programs
 
 

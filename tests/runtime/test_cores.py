@@ -1,4 +1,4 @@
-"""The threads of a CPU training: how they wait, how many there are, and who else uses the cores."""
+"""The threads of training on a CPU: how they wait, their number, and other processes on the cores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def threads_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def spins(program: str, **environment: str) -> str:
-    """What OpenMP says of its waiting when it is loaded."""
+    """What OpenMP reports about its waiting when it is loaded."""
     clean = {k: v for k, v in os.environ.items() if k not in cores._WAITING}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True,
@@ -125,7 +125,7 @@ def test_what_others_compute_is_measured_and_what_this_process_does_is_not() -> 
     assert alone is not None and beside is not None
     assert alone < len(os.sched_getaffinity(0)) - own + 0.1
     assert beside > 0.3
-    assert cores.OtherProcesses().cores() is None  # too short to say
+    assert cores.OtherProcesses().cores() is None  # too short to measure
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_warning_where_threads_and_others_are_more_than_the_cores(
 ) -> None:
     monkeypatch.setattr(cores, "_affinity", lambda: 4)
     monkeypatch.setattr(cores.OtherProcesses, "cores", lambda _: others)
-    cores._said.clear()
+    cores._logged_levels.clear()
     torch.set_num_threads(threads)
     with caplog.at_level(logging.INFO):
         cores.OtherProcesses().report()

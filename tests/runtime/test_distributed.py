@@ -1,4 +1,4 @@
-"""The helpers of several processes, alone and with stand-ins for the others; see also tests/distributed."""
+"""Helpers for several processes, alone and with substitutes for the others; see also tests/distributed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_all_ranks_are_those_of_the_launcher(two: list[Any]):
 
 @pytest.fixture
 def two(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The first of two processes; what the second one contributes is put into the list."""
+    """The first of two processes; contributions of the second one are put into the list."""
     other: list[Any] = []
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "gather_object", lambda mine: [*mine, *other])

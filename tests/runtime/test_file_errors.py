@@ -1,4 +1,4 @@
-"""Files of others that are damaged, endless or no files at all: an error that names them, not a traceback."""
+"""Foreign files that are damaged, endless or not files: an error names them, without a traceback."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_a_template_that_takes_all_time_or_memory(
 
 
 def test_a_template_that_does_not_end_on_a_row() -> None:
-    """One that is quick on the short conversation that it is tried with."""
+    """Fast on the short conversation that it is tested with."""
     tokenizer = character_tokenizer()
     tokenizer.chat_template = "{% if messages[0].content == 'slow' %}" + ENDLESS + "{% endif %}x"
     renderer = ChatRenderer(tokenizer)

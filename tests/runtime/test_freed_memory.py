@@ -1,4 +1,4 @@
-"""Large blocks come again without new pages while a CPU trains, and are given back behind it."""
+"""Large blocks are reused without new pages during CPU training, and are returned afterwards."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ print(inside, kept, held() - before, faults(10))
 
 
 def figures(**environment: str) -> tuple[int, ...]:
-    """Page faults of ten blocks inside; MiB kept inside and behind; page faults of ten behind."""
+    """Page faults of ten blocks inside; MiB kept inside and afterwards; page faults of ten afterwards."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM], env={**clean, **environment},
@@ -50,12 +50,12 @@ def figures(**environment: str) -> tuple[int, ...]:
     return tuple(map(int, done.stdout.split()))
 
 
-def test_blocks_are_kept_inside_and_given_back_behind() -> None:
+def test_blocks_are_kept_inside_and_returned_afterwards() -> None:
     inside, kept, left, behind = figures()
     assert inside < 100
     assert kept >= 60
     assert left < 10
-    assert behind > 1000 or behind > 10 * inside  # as usual again; huge pages make fewer faults
+    assert behind > 1000 or behind > 10 * inside  # the default again; huge pages cause fewer faults
 
 
 def test_the_users_own_setting_counts_alone() -> None:

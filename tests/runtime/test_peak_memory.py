@@ -1,4 +1,4 @@
-"""Peak memory: of this process alone, in bytes."""
+"""Peak memory of this process only, in bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CHILD = "from rpo_trainer.runtime.memory import peak_memory; print(peak_memory(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts the GPU's memory there")
 def test_the_peak_grows_with_what_is_held_and_stays() -> None:
     before = peak_memory()
-    held = torch.ones(before // 4)  # as many bytes as the peak itself
+    held = torch.ones(before // 4)  # as many bytes as the peak
     after = peak_memory()
     assert after >= before + held.numel()
     del held
@@ -28,7 +28,7 @@ def test_the_peak_grows_with_what_is_held_and_stays() -> None:
     not Path("/proc/self/status").exists(), reason="elsewhere only ru_maxrss is to be had"
 )
 def test_a_large_parent_does_not_raise_it() -> None:
-    """`ru_maxrss` begins at what the parent held; a report would then show somebody else's memory."""
+    """`ru_maxrss` starts at the parent's value, so that a report would show another process's memory."""
     held = torch.ones(2**28)  # 1 GiB
     done = subprocess.run(
         [sys.executable, "-c", _CHILD], capture_output=True, text=True, check=True

@@ -96,7 +96,7 @@ def test_sums_are_float64_where_the_device_has_it() -> None:
 
 
 class Float64Seen(TorchDispatchMode):
-    """Notes operations that give float64."""
+    """Record operations that return float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Float64Seen(TorchDispatchMode):
 
 
 def test_a_training_step_needs_no_float64(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The CPU stands in for a device without it. The step-0 check computes its closed forms on the host."""
+    """The CPU replaces a device without float64. The step-0 check computes its closed forms on the host."""
     from rpo_trainer import RPOConfig, RPOTrainer
     from rpo_trainer.data.quickstart import character_tokenizer
     from tests.small_models import make_model

@@ -1,4 +1,4 @@
-"""Lines in a terminal: wrapped at words; of other libraries only the harmless ones are hidden."""
+"""Lines in a terminal: wrapped at words; of other libraries' lines only harmless ones are hidden."""
 
 from __future__ import annotations
 

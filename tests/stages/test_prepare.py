@@ -1,4 +1,4 @@
-"""What `run`, `check`, `plan` and `preview` prepare: the same examples, and each as seldom as can be."""
+"""`run`, `check`, `plan` and `preview` prepare the same examples, each as rarely as possible."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def write_pairs(path: Path, sign: str, count: int = 16) -> None:
 
 
 def given_pairs(folder: Path, *names: str) -> dict[str, Any]:
-    """A recipe of stages of DPO on files with these names, each with held-out rows and a filter."""
+    """A recipe of DPO stages on files with these names, each with held-out rows and a filter."""
     recipe = tiny.tiny_recipe()
     stage = tiny.stage_of(recipe, "dpo")
     recipe["stages"] = []
@@ -68,7 +68,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counts:
 def test_a_run_prepares_its_first_stage_once_and_others_to_check_and_to_train(
     counted: Counts, tmp_path: Path
 ) -> None:
-    """All stages are checked before the first trains, and the data of one alone stay in memory."""
+    """All stages are checked before the first trains, and only one stage's data stay in memory."""
     tiny.run(tmp_path, given_pairs(tmp_path, "one", "two"))
     once, twice = {"one.jsonl": 1, "one-held.jsonl": 1}, {"two.jsonl": 2, "two-held.jsonl": 2}
     assert counted == {name: Counter({**once, **twice}) for name in counted}
@@ -86,10 +86,10 @@ def test_other_commands_read_each_source_once(
     else:
         list(preview(loaded, 1))
     assert {*counted["load_rows"].values()} == {*counted["filter_rows"].values()} == {1}
-    # A preview tokenizes the rows that it shows alone, each whole and as it is trained on.
+    # A preview tokenizes only the rows that it shows, each untruncated and as trained.
     shown = 2 * 2 if command == "preview" else 1
     assert {*counted["tokenize_rows"].values()} == {shown}
-    held = ["one-held.jsonl", "two-held.jsonl"]  # of which nothing is planned or shown
+    held = ["one-held.jsonl", "two-held.jsonl"]  # for which nothing is planned or shown
     assert (set(held) <= {*counted["load_rows"]}) == (command == "check")
 
 
@@ -113,7 +113,7 @@ def test_inputs_that_are_not_kept_are_prepared_again(counted: Counts, tmp_path: 
     one, two = preparer.stages
     preparer.keep(one)
     first = preparer.prepare(one)
-    assert preparer.prepare(one) is first  # once: it is not in memory any longer
+    assert preparer.prepare(one) is first  # once: it is no longer in memory
     assert preparer.prepare(one) is not first and preparer.prepare(two) is not preparer.prepare(two)
     assert counted["tokenize_rows"] == {"one.jsonl": 2, "two.jsonl": 2}
 

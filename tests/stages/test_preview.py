@@ -1,4 +1,4 @@
-"""What is colored as trained is what the trainer trains; nothing of a row is hidden."""
+"""What is colored as trained is what the trainer trains; no part of a row is hidden."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which fields of a stage its trainer's config takes as they are."""
+"""The fields of a stage that its trainer's config has under the same name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`check --template` shows seven conversations as they are trained, and ends with 5 where one is wrong."""
+"""`check --template` shows seven conversations as they are trained, and exits with 5 if one is wrong."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rpo_trainer.stages.template_check import check_samples, load_checked
 from tests.data.conftest import CHATML_SPECIALS, make_tokenizer  # noqa: F401
 
 Json = list[dict[str, Any]]
-# Thinking, calls and results; `quiet` leaves the thinking out of the generation prompt and the text.
+# Thinking, calls and results; `quiet` omits the thinking from the generation prompt and the text.
 TEMPLATE = (
     "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -90,7 +90,7 @@ def test_the_page_marks_what_is_trained(save: Any, capsys: Any) -> None:
     assert "[trained]" in legend and "max_length" not in legend and "response" not in legend
 
 
-# Generation opens a thought, and of the turns in the text only the last one has it.
+# The generation prompt opens the thinking, but in the text only the last turn has it.
 CLOSED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"

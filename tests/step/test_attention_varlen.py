@@ -75,7 +75,7 @@ def test_equals_attention_by_hand(asks_for_groups, settings, tensors, monkeypatc
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_shared_starts_are_passed_only_if_keys_equal_queries(shared, tensors, monkeypatch):
-    """torch 2.15 takes one tensor of starts for both as leave to align masks otherwise."""
+    """torch 2.15 aligns masks differently if both starts are the same tensor."""
     calls = emulate(monkeypatch)
     plan = indexed() if shared else indexed((Segment(0, 7), Segment(7, 15)))
     packed_attention(nn.Module(), *tensors, None, packing_plan=plan)
@@ -159,7 +159,7 @@ def test_the_real_kernel_takes_our_arguments_without_looking_into_a_tensor():
         *(x.transpose(1, 2) for x in (q, k, v)), plan.index, scaling=0.3, sliding_window=4
     )
     assert out.shape == (1, T, HEADS, 8) and out.dtype == torch.bfloat16
-    assert out.is_contiguous()  # as the output projection wants it
+    assert out.is_contiguous()  # in the layout of the output projection
     out.sum().backward()
     assert [x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
 
@@ -200,7 +200,7 @@ def test_indices_are_made_once_for_all_layers(monkeypatch):
         [{"prompt_ids": [1, 2], "response_ids": [[3], [4, 5]], "response_mask": [[1], [1, 1]]}],
         "shared",
     ).model_inputs
-    monkeypatch.setattr(VarlenIndex, "of", None)  # no index but the collator's
+    monkeypatch.setattr(VarlenIndex, "of", None)  # only the collator's index
     token_logprobs(model, batch)
     assert len(calls) == 3
     assert len({id(call["cu_seq_k"]) for call in calls}) == 1

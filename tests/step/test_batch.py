@@ -85,7 +85,7 @@ def test_padded():
 
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
-def test_what_is_beside_the_inputs(layout):
+def test_what_is_next_to_the_inputs(layout):
     batch = pack([FIRST, SECOND], layout)
     assert batch.response_index.tolist() == [0, 0, 1, 2, 2]
     assert batch.response_tokens.tolist() == [2, 1, 2]

@@ -49,7 +49,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
-            if id(value) not in made:  # a tied weight stays one
+            if id(value) not in made:  # a tied weight stays one tensor
                 fake: Any = torch.empty(value.shape, dtype=value.dtype, device=GPU)
                 made[id(value)] = nn.Parameter(fake) if isinstance(value, nn.Parameter) else fake
             return made[id(value)]

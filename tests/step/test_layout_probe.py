@@ -139,12 +139,12 @@ def test_without_gradients_the_order_of_other_texts_is_tested(family, leaks, dty
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
-        ("nemotron", {}),  # its layers do not hand the plan to their attention
+        ("nemotron", {}),  # its layers do not pass the plan to their attention
         ("stablelm", {}),
         ("minicpm3", {"hidden_multiplier": 8.0}),
         ("cohere2_moe", {"logit_scale": 0.0625}),
         ("granite_swa", {"logit_scale": 0.25}),
-        ("gemma4_text", {}),  # hands a slice of its mask to its layers
+        ("gemma4_text", {}),  # passes a slice of its mask to its layers
     ],
 )
 def test_families_that_used_to_fall_back_share_prompts_with_a_fused_head(family, settings):

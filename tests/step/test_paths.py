@@ -1,4 +1,4 @@
-"""Every way through the step says what plain forwards say: packed, shared, padded, by units and by kernel."""
+"""Every path through the step equals plain forwards: packed, shared, padded, by units and by kernel."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def examples(seed: int, *, holes: bool = False) -> list[dict[str, Any]]:
         {
             "prompt_ids": tokens(LENGTHS[i][0]),
             "response_ids": [tokens(n) for n in LENGTHS[i][1]],
-            # The last token is trained always, so that no response is without.
+            # The last token is always trained, so that each response has a trained token.
             "response_mask": [
                 [int(not holes or j == n - 1 or j % 3 != 1) for j in range(n)]
                 for n in LENGTHS[i][1]
@@ -97,7 +97,7 @@ def test_log_probs_and_gradients(name, path, monkeypatch):
     calls = emulate(monkeypatch) if by_kernel else []
     model = make_model(family, dtype=torch.float64, max_position_embeddings=512, **settings)
     compare(model, examples(1), layout, rtol=1e-7, atol=1e-7)
-    # Gemma-2's scores are soft-capped, which the kernel does not do.
+    # Gemma-2's scores are soft-capped, which the kernel does not support.
     assert len(calls) == (2 if by_kernel and family != "gemma2" else 0)
 
 

@@ -139,7 +139,7 @@ def test_every_token_and_mask_counts():
         response_key([1, 2], [4, 3], [1, 1]),
         response_key([1, 2], [3, 4], [0, 1]),
         response_key([1, 2], [3], [1]),
-        # The same numbers in a row, cut elsewhere.
+        # The same numbers in a row, split elsewhere.
         response_key([1], [2, 1], [1, 1]),
         response_key([1, 2, 1], [1], [1]),
     }
@@ -380,5 +380,7 @@ def test_weights_adapter_tokens_and_arithmetic_matter(train):
     changed = copy.deepcopy(PAIRS)
     changed[4]["prompt_ids"][0] += 1
     changed[5]["response_ids"][1][0] += 1
-    assert train(changed) == 2 + 2  # of the second row one alone has changed, the row goes whole
+    assert (
+        train(changed) == 2 + 2
+    )  # if only the second row has changed, the row is recomputed entirely
     assert train(PAIRS) == 0

@@ -1,4 +1,4 @@
-"""Accuracy, entropy and mean logit of tokens from the head's tiles, against whole logits in float64."""
+"""Accuracy, entropy and mean logit of tokens from the head's tiles, compared with full logits in float64."""
 
 from __future__ import annotations
 

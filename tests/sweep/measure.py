@@ -1,9 +1,9 @@
-"""One family of models: what the trainers make of it, against plain forwards.
+"""Compares the results of the trainers for one family of models with plain forwards.
 
-The truth is a copy of the model in float64 whose attention and experts are written out (eager), asked for one
-response at a time; where that copy is another function (`truth`: float32), the model's own forward. Compared
-with it are the log-probs and the gradient of one DPO step, of an adapter on `all-linear`, and of a reward
-model; a saved model is loaded again.
+The reference is a copy of the model in float64 with eager attention and experts, called with one response
+at a time; if that copy computes another function (`truth`: float32), it is the model's own forward. Compared
+are the log-probs and the gradient of one DPO step, of an adapter on `all-linear`, and of a reward model; a
+saved model is loaded again.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Result = dict[str, Any]
 
 
 def measure(name: str, wide: bool, *, beside: bool = True) -> Result:
-    """What becomes of a family: a record for machines.
+    """Return the record of a family.
 
     Args:
         name, wide: see `tests.families.tiny_model`.
@@ -57,7 +57,7 @@ def measure(name: str, wide: bool, *, beside: bool = True) -> Result:
 
     Returns:
         `result` is `ok`, `refused` (with a reason), `wrong` (with what is off), `crash` or `not swept`;
-        `lora` and `reward` have one of their own.
+        `lora` and `reward` have their own.
     """
     begun = time.perf_counter()
     found: Result = {"name": name, "reach": "wide" if wide else "narrow"}
@@ -107,7 +107,7 @@ def make_pairs(wide: bool) -> list[dict[str, Any]]:
     ]
 
 
-# --- the truth ---
+# --- the reference ---
 
 
 def _exact(model: Any) -> Any:
@@ -122,7 +122,7 @@ def _exact(model: Any) -> Any:
         with torch.no_grad():
             if exact(input_ids=ids, use_cache=False).logits.isfinite().all():
                 return exact
-    except RuntimeError:  # some families compute parts in a dtype of their own
+    except RuntimeError:  # some families compute parts in their own dtype
         pass
     return exact.float()
 

@@ -1,4 +1,4 @@
-"""The sweep over many families, in processes of its own: a crash or a hang ends one case, not the sweep."""
+"""The sweep over many families, in separate processes: a crash or a hang ends one case, not the sweep."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.families import FAMILIES, VARIANTS
 from tests.sweep.measure import Result, measure
 
 SECONDS = 120.0  # of one case
-_IMPORTS = 60.0  # seconds that the first answer of a process may take beside
+_IMPORTS = 60.0  # additional seconds for the first answer of a process
 _CASES_EACH = 50  # of one process, whose memory grows with the classes it imports
 
 Case = tuple[str, bool]  # name, wide
 
 
 def all_cases(names: Sequence[str] = (), reaches: Sequence[bool] = (False, True)) -> list[Case]:
-    """The cases of these families and variants; of all if none is named."""
+    """The cases of these families and variants; all of them by default."""
     return [(name, wide) for wide in reaches for name in names or (*FAMILIES, *VARIANTS)]
 
 
@@ -66,14 +66,14 @@ def _serve(
 
 
 class Worker:
-    """A process that measures one case after another; started again after a crash."""
+    """A process that measures one case after another; restarted after a crash."""
 
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("spawn")
         self.process: Any = None
 
     def ask(self, case: Case, seconds: float) -> Result:
-        """The record of a case; a `crash` where the process ends or takes longer."""
+        """Return the record of a case; a `crash` if the process ends or takes longer."""
         if self.process is None:
             self.start()
         why = f"not done after {seconds:g} s"
@@ -101,7 +101,7 @@ class Worker:
         theirs.close()
 
     def stop(self) -> None:
-        """Ends the process, which has nothing more to do once the pipe is closed."""
+        """End the process, which has no more work once the pipe is closed."""
         if self.process is not None:
             self.pipe.close()
             self.process.join(5.0)
@@ -111,7 +111,7 @@ class Worker:
 
 
 def quiet() -> None:
-    """One thread, and no words of libraries."""
+    """Use one thread, and suppress output of libraries."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()

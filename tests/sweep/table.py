@@ -1,4 +1,4 @@
-"""docs/models.md: written from the records of a sweep, and read back."""
+"""Writes docs/models.md from the records of a sweep, and reads it back."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _SECTIONS = {
 
 
 class Row(NamedTuple):
-    """What the page says of a family, beside its name."""
+    """The columns of the page for a family."""
 
     section: str
     layout: str = ""
@@ -64,7 +64,7 @@ class Row(NamedTuple):
 
 
 def failures(result: Result) -> list[str]:
-    """What is wrong in a record, or ended with an error that is not for people."""
+    """The faults in a record; those that ended with an error that is not for users."""
     parts = {"": result, "LoRA: ": result.get("lora"), "reward model: ": result.get("reward")}
     return [
         f"{name}{part['result']}: {part['reason']}"
@@ -74,7 +74,7 @@ def failures(result: Result) -> list[str]:
 
 
 def row_of(results: Iterable[Result]) -> Row:
-    """The row of one family, from its records of both reaches."""
+    """Return the row of one family, from its records of both reaches."""
     by_reach = {result["reach"]: result for result in results}
     narrow, wide = by_reach["narrow"], by_reach["wide"]
     failed = [*failures(narrow), *failures(wide)]
@@ -130,7 +130,7 @@ def _notes(narrow: Result, wide: Result) -> list[str]:
 
 
 def _reason(result: Result) -> str:
-    """The reason of a refusal in a line, without what is true of this one model only."""
+    """Return the reason of a refusal as a line, without details of this model."""
     why = result.get("why")
     text = f"{result['reason']}: {why}" if why else result["reason"]
     name = re.escape(result.get("class", "\n"))
@@ -138,7 +138,7 @@ def _reason(result: Result) -> str:
 
 
 def _plain(text: str) -> str:
-    """The first clause, its numbers left out: they depend on the machine."""
+    """Return the first clause without its numbers, which depend on the machine."""
     text = re.sub(r"\s*\([^)]*\)|\[[^\]]*\]\s*", "", " ".join(text.split()))
     text = re.split(r"; |\. ", text)[0].replace("|", "/")
     text = re.sub(r"(?<![\w.:-])-?\d+(\.\d+)?(e[+-]?\d+)?(?![\w.]*\w)", "…", text)
@@ -149,7 +149,7 @@ def _plain(text: str) -> str:
 
 
 def incomplete(results: Sequence[Result]) -> str:
-    """Names the cases that a page needs and the records lack."""
+    """Return the cases that a page needs and the records lack."""
     have = {(result["name"], result["reach"]) for result in results}
     missing = [
         f"{name} ({reach})"
@@ -161,7 +161,7 @@ def incomplete(results: Sequence[Result]) -> str:
 
 
 def rows_of(results: Iterable[Result]) -> dict[str, Row]:
-    """Rows by name, sorted."""
+    """Return the rows by name, sorted."""
     by_name: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         by_name[result["name"]].append(result)
@@ -177,7 +177,7 @@ def _as_setting(row: Row) -> Row:
 
 
 def page(results: Sequence[Result]) -> str:
-    """The whole page."""
+    """Return the entire page."""
     rows = rows_of(results)
     families = {name: row for name, row in rows.items() if name not in VARIANTS}
     variants = {name: row for name, row in rows.items() if name in VARIANTS}
@@ -212,11 +212,11 @@ def _counts(rows: Mapping[str, Row]) -> str:
 
 
 def _table(rows: Mapping[str, Row]) -> list[str]:
-    """Rows that say the same are one, the fastest layouts first."""
+    """Join rows with the same text, the fastest layouts first."""
     groups: dict[Row, list[str]] = defaultdict(list)
     for name, row in rows.items():
         groups[row].append(name)
-    # Columns that no row fills are left out.
+    # Empty columns are omitted.
     used = [i for i in range(1, len(_COLUMNS)) if any(row[i] for row in groups)]
     lines = [
         "| " + " | ".join([_COLUMNS[0], *(_COLUMNS[i] for i in used)]) + " |",
@@ -238,7 +238,7 @@ def _rank(row: Row) -> tuple[int, int]:
 
 
 def documented(text: str) -> tuple[dict[str, Row], dict[str, str]]:
-    """Rows by name, and the versions of transformers and torch that they were measured with."""
+    """Return rows by name, and the versions of transformers and torch that they were measured with."""
     rows: dict[str, Row] = {}
     section, columns = "", [""]
     for line in text.splitlines():
@@ -264,7 +264,7 @@ def _field(column: str) -> str:
 
 
 def line_of(result: Result) -> str:
-    """A record as one line for people."""
+    """Return a record as one line for readers."""
     what = result["result"]
     if "layout" in result:
         what += f" {result['layout']}, {_HEADS[not result['fused']]}"

@@ -1,4 +1,4 @@
-"""docs/models.md is that of the pinned transformers, and what it says of families is what they do."""
+"""docs/models.md is up to date with the pinned transformers, and describes what families do."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_page_is_read_back() -> None:
     assert rows["zamba"].section == "wrong" and "gradient_off" in rows["zamba"].notes
 
 
-def test_a_page_wants_all_families_in_both_reaches(tmp_path: Path, capsys: Any) -> None:
+def test_a_page_requires_all_families_in_both_reaches(tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "results.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in _records()))
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Trainers of tiny models on rows made on the spot."""
+"""Trainers of tiny models on generated rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRAINERS = {"sft": SFTTrainer, "dpo": DPOTrainer, "rpo": RPOTrainer}
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread() -> Iterator[None]:
-    """Matrices this small are slower on several."""
+    """Small matrices are slower with several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -28,7 +28,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="package")
 def frozen_garbage() -> Iterator[None]:
-    """Each `train()` collects garbage, and would go through all imported libraries every time."""
+    """Each `train()` collects garbage, and would scan all imported libraries every time."""
     import datasets  # noqa: F401
     import peft  # noqa: F401
 
@@ -45,19 +45,19 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def start() -> Any:
-    """The policy's start; tests train copies."""
+    """The initial policy; tests train copies."""
     return make_model(dtype=torch.float64)
 
 
 @pytest.fixture(scope="session")
 def other() -> Any:
-    """A reference that is not the policy, so that no gap is 0."""
+    """A reference other than the policy, so that no gap is 0."""
     return make_model(dtype=torch.float64, seed=1)
 
 
 @pytest.fixture
 def make_config(tmp_path: Path) -> Callable[..., Any]:
-    """`make_config("dpo", learning_rate=...)`: plain SGD, no clipping, saving or logging."""
+    """`make_config("dpo", learning_rate=...)`: plain SGD, without clipping, saving or logging."""
 
     def make(kind: str, **settings: Any) -> Any:
         defaults = {

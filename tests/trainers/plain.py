@@ -1,4 +1,4 @@
-"""Training written out plainly: one full-logits forward per response, formulas as in papers."""
+"""Reference training: one full-logits forward per response, formulas as in the papers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.small_models import VOCABULARY
 def make_rows(
     seed: int, ks: Sequence[int], *, spans: bool = False, rewards: bool = False
 ) -> list[dict[str, Any]]:
-    """Tokenised rows of mixed lengths; with `spans` the masks have holes, as in multi-turn SFT."""
+    """Tokenized rows of various lengths; with `spans` the masks have gaps, as in multi-turn SFT."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -50,7 +50,7 @@ def rows_of(kind: str, ks: Sequence[int], seed: int = 0) -> list[dict[str, Any]]
 
 
 def plain_sums(model: torch.nn.Module, row: dict[str, Any]) -> Tensor:
-    """`[K]`, Σ log π over the trained tokens of each response, each in a forward of its own."""
+    """`[K]`, Σ log π over the trained tokens of each response, each in a separate forward."""
     sums = []
     for response, mask in zip(row["response_ids"], row["response_mask"], strict=True):
         ids = torch.tensor([row["prompt_ids"] + response])
@@ -62,7 +62,7 @@ def plain_sums(model: torch.nn.Module, row: dict[str, Any]) -> Tensor:
 
 
 def plain_reference(model: torch.nn.Module, rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """`[K]` by row id, rounded as they are stored."""
+    """`[K]` by row id, rounded as on disk."""
     with torch.no_grad():
         return {row["id"]: plain_sums(model, row).float().double() for row in rows}
 
@@ -82,7 +82,7 @@ def plain_preference(
     reward_scale: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """One example's loss from its `[K]` log-probs, by the papers' formulas."""
+    """Return one example's loss from its `[K]` log-probs, by the papers' formulas."""
     ratio = policy - reference
     if loss_type == "dpo":
         gap = beta * (ratio[0] - ratio[1])
@@ -110,7 +110,7 @@ def plain_preference(
 
 
 class Objective:
-    """What one global batch minimizes."""
+    """Return the loss of one global batch."""
 
     def __init__(self, kind: str, reference: dict[str, Tensor] | None = None, **settings: Any):
         self.kind = kind
@@ -156,7 +156,7 @@ def plain_train(
     lr: float,
     optimizer: str = "sgd",
 ) -> torch.nn.Module:
-    """A copy of the model after one update for each batch."""
+    """Return a copy of the model after one update per batch."""
     model = copy.deepcopy(model)
     parameters = list(model.parameters())
     adam = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
@@ -181,7 +181,7 @@ def global_batches(
     shuffle: bool = True,
     seed: int = 42,
 ) -> list[list[dict[str, Any]]]:
-    """The rows of each optimizer step; which rows meet is proved in tests/step/test_order.py."""
+    """The rows of each optimizer step; the data order is tested in tests/step/test_order.py."""
     costs = [len(row["prompt_ids"]) + sum(map(len, row["response_ids"])) for row in rows]
     sampler = StepBatchSampler(
         costs,
@@ -197,7 +197,7 @@ def global_batches(
 def assert_same_update(
     start: torch.nn.Module, actual: torch.nn.Module, expected: torch.nn.Module, tolerance: float
 ) -> None:
-    """The updates of every parameter agree, relative to their size."""
+    """Assert that the updates of every parameter agree, relative to their size."""
     wanted = dict(expected.named_parameters())
     moved = dict(actual.named_parameters())
     scale = max((wanted[n] - p).norm() for n, p in start.named_parameters())
@@ -209,7 +209,7 @@ def assert_same_update(
 
 
 def assert_bitwise_equal(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
-    """All weights are the same to the last bit."""
+    """Assert that all weights are bitwise equal."""
     other = expected.state_dict()
     for name, tensor in actual.state_dict().items():
         assert torch.equal(tensor, other[name]), name

@@ -1,4 +1,4 @@
-"""Adapters in the trainers: the update itself, the reference, precision, and models others have prepared."""
+"""Adapters in the trainers: the update, the reference, precision, and models prepared by callers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def lora(**settings: Any) -> Any:
 
 
 def moved(model: Any) -> Any:
-    """The model with its adapter away from where it starts."""
+    """Return the model with its adapter changed from its start."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -68,7 +68,7 @@ def test_updates_are_those_of_unpacked_training_through_peft(
     )  # fmt: skip
     trainer.train()
     assert_same_update(model, trainer.model, expected, 1e-5)
-    assert not hasattr(trainer, "step_zero")  # the reference is not the policy's start
+    assert not hasattr(trainer, "step_zero")  # the reference is not the initial policy
 
 
 # --- the reference ---
@@ -104,7 +104,7 @@ def test_the_model_inside_the_adapter_is_no_reference(make_trainer: Any, start: 
     assert trainer.ref_model is None
 
 
-# --- what is taken ---
+# --- what is accepted ---
 
 
 @pytest.mark.parametrize("kind", ["sft", "dpo", "rpo"])

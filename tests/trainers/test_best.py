@@ -1,4 +1,4 @@
-"""The metric of the best checkpoint is one of the evaluation, and its better end is known before training."""
+"""The metric of the best checkpoint is one of the evaluation, and its direction is known before training."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_a_metric_that_no_evaluation_has_is_refused_before_training(
     more, metric, sets, near, start, make_trainer
 ):
     if metric is None:
-        more = {}  # else no metric is wanted
+        more = {}  # otherwise no metric is needed
     rows = rows_for("dpo")
     with raises("training.unknown-metric", RecipeError) as caught:
         make_trainer(

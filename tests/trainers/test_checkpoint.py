@@ -1,4 +1,4 @@
-"""Checkpoint folders: complete or absent, and told apart."""
+"""Checkpoint directories: complete or absent, and distinguished."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_named_one_must_be_whole(output):
     with raises("run.damaged-checkpoint", RunError) as damaged:
         checkpoint.require_complete(output / "checkpoint-100")
     assert message in damaged.value.what
-    # One that other software wrote has no manifest, and is taken as it is.
+    # A checkpoint by other software has no manifest, and is used unverified.
     no_manifest(output / "checkpoint-20")
     checkpoint.require_complete(output / "checkpoint-20")
     for absent in (output / "checkpoint-1", output / "checkpoint-9" / checkpoint.MANIFEST):

@@ -1,4 +1,4 @@
-"""Gradient checkpointing under adapters: no gradient is asked of frozen embeddings that nobody reads."""
+"""Gradient checkpointing with adapters: frozen embeddings get no gradient if nothing needs it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = [
 
 
 class Seen(TrainerCallback):
-    """Whether the embeddings gave an output with gradients, and how far the gradients of the adapter go."""
+    """Whether the embeddings' output requires gradients, and how far the adapter's gradients differ."""
 
     def __init__(self) -> None:
         self.asked: list[bool] = []

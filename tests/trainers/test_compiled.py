@@ -1,4 +1,4 @@
-"""`torch_compile`: the same losses, and nothing compiled again for another length."""
+"""`torch_compile`: the same losses, and no recompilation for other lengths."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INDUCTOR = pytest.param(
 
 
 class Graphs(TrainerCallback):
-    """How many graphs have been compiled by the end of each step."""
+    """Record the number of compiled graphs at the end of each step."""
 
     def __init__(self) -> None:
         self.after: list[int] = []
@@ -76,7 +76,7 @@ def losses_of(make_trainer):
     ("kind", "family", "settings"),
     [
         ("rpo", "llama", {}),
-        pytest.param("sft", "gemma3_text", {}, marks=pytest.mark.slow),  # layers of two sorts
+        pytest.param("sft", "gemma3_text", {}, marks=pytest.mark.slow),  # layers of two kinds
         pytest.param("rpo", "llama", {"activation_checkpointing": True}, marks=pytest.mark.slow),
         pytest.param("rpo", "llama", {"micro_batch_tokens": 90}, marks=pytest.mark.slow),
         pytest.param("rpo", "llama", {"layout": "padded"}, marks=pytest.mark.slow),
@@ -93,7 +93,7 @@ def test_losses_are_the_same_and_the_first_step_compiles_all(
     assert losses == pytest.approx(expected, abs=tolerance)
     assert len(losses) == STEPS
     assert graphs[0] > 0, "nothing was compiled"
-    assert graphs[-1] == graphs[2], graphs  # three steps have seen all that differs but length
+    assert graphs[-1] == graphs[2], graphs  # three steps have covered all differences except length
     assert not counters["recompile_limit"]
 
 

@@ -1,4 +1,4 @@
-"""What the configs refuse, and what they work out."""
+"""What the configs refuse, and what they derive."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rpo_trainer.trainers.unknown_arguments import ELSEWHERE
 from tests.raising import raises
 
 INVALID, UNSUPPORTED = "training.invalid-value", "training.unsupported-setting"
-# Config, settings, the code, the setting that is named, and a word of the message
+# Config, settings, code, the named setting, and a word of the message
 REFUSED: list[tuple[type, dict[str, Any], str, str, str]] = [
     (SFTConfig, {"truncation": "keep_end"}, INVALID, "truncation", "'keep_end'"),
     (SFTConfig, {"layout": "dense"}, INVALID, "layout", "shared, packed, padded, single"),
@@ -66,7 +66,7 @@ def test_what_does_not_fit_is_refused(config, settings, code, named, word, tmp_p
     assert named in caught.value.what and word in caught.value.what
 
 
-def test_all_that_does_not_fit_is_said_at_once(tmp_path):
+def test_all_that_does_not_fit_is_reported_together(tmp_path):
     wrong = ["beta", "sft_reduction", "reward_scale"]
     with raises(INVALID, RecipeError, settings=wrong, codes=[INVALID] * 3):
         make(RPOConfig, tmp_path, beta=-1.0, sft_reduction="none", reward_scale=-2.0)
@@ -116,7 +116,7 @@ def test_with_a_token_budget_any_number_of_examples_is_one_batch_to_the_loop(tmp
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         global_batch_size=args.global_batch_size,
     )  # fmt: skip
-    assert again.examples_per_step() == 12  # as it is when made again from its own fields
+    assert again.examples_per_step() == 12  # unchanged if created again from its own fields
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_what_an_answer_tells_to_write_is_taken():
         assert set(re.findall(r"\b(?:write|set) ([a-z]+_[a-z_]+|beta|shuffle)", answer)) <= known
 
 
-def test_all_unknown_arguments_are_said_at_once_with_the_nearest_names(tmp_path):
+def test_all_unknown_arguments_are_reported_together_with_the_nearest_names(tmp_path):
     with raises("training.unknown-argument", RecipeError, where="RPOConfig") as caught:
         make(RPOConfig, tmp_path, learning_rates=1e-6, reward_scal=2, quite_other=1)
     answers = (caught.value.fix or "").split("; ")

@@ -1,4 +1,4 @@
-"""Configs that come from a command line, and copies of configs: the same settings in every form."""
+"""Configs from a command line, and copies of configs: the same settings in every form."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_parser_of_trl_takes_our_configs(config, tmp_path):
 
 # --- copies ---
 
-# What a config was made with, what a copy changes, and what the copy would have been made with
+# What a config was created with, what a copy changes, and the arguments that would create the copy
 CHANGED: list[tuple[type, dict[str, Any], dict[str, Any]]] = [
     (SFTConfig, {}, {"train_sampling_strategy": "sequential"}),
     (SFTConfig, {"shuffle": False}, {"shuffle": True}),
@@ -134,11 +134,11 @@ def test_the_default_of_checkpointing_is_found_for_each_model(tmp_path, tokenize
             assert each.gradient_checkpointing is on and each.checkpointing_is_default
 
 
-# --- settings that are JSON, or name a file of it ---
+# --- settings that are JSON, or name a JSON file ---
 
 
 @pytest.mark.parametrize("form", ["dict", "text", "file"])
-def test_checkpointing_is_not_a_default_beside_that_of_fsdp(form, tmp_path):
+def test_checkpointing_is_not_a_default_next_to_that_of_fsdp(form, tmp_path):
     path = tmp_path / "fsdp.json"
     path.write_text(json.dumps(FSDP))
     forms: dict[str, Any] = {"dict": dict(FSDP), "text": json.dumps(FSDP), "file": str(path)}

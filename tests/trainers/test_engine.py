@@ -1,4 +1,4 @@
-"""What is refused and set right before an engine wraps the model; engines at work: tests/distributed."""
+"""What is refused and corrected before an engine wraps the model; runs of engines: tests/distributed."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_an_engine_that_has_not_started_is_refused(
 ):
     if variable is not None:
         monkeypatch.setenv(variable, "true")
-    assert engine.asks_for_shards(given) == (name is not None)
+    assert engine.requests_sharding(given) == (name is not None)
     if name is None:
         engine.check_engine(arguments(**given), NONE)
         return
@@ -237,7 +237,7 @@ DDP = accelerator(DistributedType.MULTI_CPU)
     ],
 )  # fmt: skip
 def test_checkpoints_of_another_world_are_taken_where_they_can_be(before, now, tmp_path):
-    engine.check_same_engine(tmp_path, now)  # of a time before there was this note
+    engine.check_same_engine(tmp_path, now)  # written before this field existed
     engine.write_engine(tmp_path, before)
     engine.check_same_engine(tmp_path, now)
 

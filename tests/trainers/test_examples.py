@@ -38,7 +38,7 @@ def test_costs_count_the_prompt_once_where_it_is_shared():
     assert Examples([row]).costs("packed") == [9]
 
 
-def test_extra_columns_lie_beside_the_rows():
+def test_extra_columns_lie_next_to_the_rows():
     examples = Examples(datasets.Dataset.from_list(ROWS))
     examples.extra["reference_logps"] = [[float(i)] for i in range(4)]
     assert examples[2]["reference_logps"] == [2.0]

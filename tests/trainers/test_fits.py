@@ -1,4 +1,4 @@
-"""Examples that a model has no weights for, and losses that it asks for, are known before training."""
+"""Examples that do not fit the model, and losses that it requires, are detected before training."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def test_texts_whose_tokens_the_model_does_not_have(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 def test_rows_longer_than_a_table_of_positions(layout: str, tmp_path: Path) -> None:
-    """Packed, the responses of a prompt restart behind it: the longest counts, not their sum."""
+    """Packed responses of a prompt restart after it: the longest counts, not their sum."""
     model = make_model("gpt2", n_positions=48)
     options = {"processing_class": character_tokenizer()}
     config = args(DPOConfig, tmp_path, layout=layout)
-    fits = [row(16, (32, 31))] * 2  # 79 tokens after each other
+    fits = [row(16, (32, 31))] * 2  # 79 tokens in sequence
     DPOTrainer(model, args=config, train_dataset=fits, **options).train()
     found = {"model": "the model", "tokens": 49, "positions": 48}
     with raises("model.missing-positions", ModelError, **found) as error:
@@ -107,7 +107,7 @@ def test_a_reference_with_fewer_positions(tmp_path: Path) -> None:
         )  # fmt: skip
 
 
-def test_a_reward_model_asks_the_same(tmp_path: Path) -> None:
+def test_a_reward_model_has_the_same_checks(tmp_path: Path) -> None:
     with raises("model.missing-embeddings", ModelError, token=99):
         RewardTrainer(
             make_model(), args=args(RewardConfig, tmp_path),
@@ -128,7 +128,7 @@ BODY = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
     "max_position_embeddings": 32,
 }  # fmt: skip
-# How a model knows positions: what limits it, or nothing.
+# How a model represents positions: its limit, if any.
 POSITIONS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "learned": ("gpt_neo", {
         "hidden_size": 16, "num_layers": 2, "num_heads": 2, "max_position_embeddings": 32,
@@ -192,7 +192,7 @@ MIXTURES = [
 
 
 @pytest.mark.parametrize(("family", "settings", "named"), MIXTURES)
-def test_a_loss_of_routers_that_is_not_trained_is_said(
+def test_a_loss_of_routers_that_is_not_trained_is_reported(
     family: str,
     settings: dict[str, Any],
     named: str | None,

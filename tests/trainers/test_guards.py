@@ -1,4 +1,4 @@
-"""A step that is not finite: the run stops, or the step is left out, as if it had never been."""
+"""A non-finite step: the run stops, or the step is skipped without a trace."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rows_of(kind: str) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def trainer_of(make_trainer, start, tmp_path):
-    """A trainer that meets a bad number at the given steps (from 0), each time it comes there."""
+    """A trainer with non-finite values at the given steps (from 0), every time it reaches them."""
 
     def make(kind: str, bad: dict[int, str], out: str = "out", **settings: Any) -> Any:
         trainer = make_trainer(
@@ -57,7 +57,7 @@ def weights(trainer: Any) -> list[Any]:
 
 
 class Watch(TrainerCallback):
-    """Weights and optimizer state behind each step."""
+    """Weights and optimizer state after each step."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -112,7 +112,7 @@ def test_the_data_goes_on_and_so_does_the_schedule(trainer_of):
 
 
 def test_it_is_the_run_whose_optimizer_was_not_called_there(trainer_of):
-    """The reference: the same run, where nobody judges and the update is left out by hand."""
+    """The reference: the same run without the guard, in which the update is skipped by hand."""
     skipping = trainer_of("rpo", {1: "loss", 4: "gradient"})
     skipping.train()
     by_hand = trainer_of("rpo", {}, "by-hand", on_nonfinite="stop")
@@ -140,7 +140,9 @@ def test_log_lines_are_means_of_the_steps_that_were_taken(trainer_of):
     pairs.train()
     means = [line for line in pairs.state.log_history if "learning_rate" in line]
     json.dumps(means, allow_nan=False)
-    assert means[0]["loss"] == pytest.approx(lines[0]["loss"], rel=1e-6)  # its other step is out
+    assert means[0]["loss"] == pytest.approx(
+        lines[0]["loss"], rel=1e-6
+    )  # its other step is skipped
     assert means[1]["loss"] == pytest.approx((lines[2]["loss"] + lines[3]["loss"]) / 2, rel=1e-6)
     assert means[0]["rewards/margins"] == pytest.approx(lines[0]["rewards/margins"], abs=1e-7)
 
@@ -184,7 +186,7 @@ def test_resumed_is_bitwise_straight_and_counts_what_was_skipped_before(at, trai
     resumed.train(resume_from_checkpoint=True)
     assert_bitwise_equal(resumed.model, straight.model)
     assert resumed.step_guard.skipped == straight.step_guard.skipped
-    assert noted == ([2] if at == 5 else [1, 2])  # what a checkpoint holds is told again
+    assert noted == ([2] if at == 5 else [1, 2])  # warnings in a checkpoint are logged again
     stingy = trainer_of("rpo", bad, max_skipped_steps=1)
     if at < 5:
         with raises("training.not-finite", NonFiniteError, step=5):
@@ -220,7 +222,7 @@ def test_the_token_budget_is_one_step_too(trainer_of):
         assert torch.equal(before, after)
 
 
-# --- what is asked for ---
+# --- invalid settings ---
 
 
 def test_stop_and_skip_are_read(make_config) -> None:
@@ -235,7 +237,7 @@ def test_stop_and_skip_are_read(make_config) -> None:
     [
         *({"on_nonfinite": text} for text in ("", "Stop", "skip(3)", "leave")),
         *({"on_nonfinite": "skip", "max_skipped_steps": n} for n in (0, -1)),
-        {"max_skipped_steps": 3},  # nothing would read it
+        {"max_skipped_steps": 3},  # it would have no effect
         {"on_nonfinite": "stop", "max_skipped_steps": 1},
     ],
 )

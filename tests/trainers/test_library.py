@@ -262,7 +262,7 @@ def test_evaluate_first_and_train_then_still_checks_step_zero(start, make_traine
     rows = rows_of("dpo", PAIRS)
     trainer = make_trainer("dpo", copy.deepcopy(start), rows, eval_rows=rows[:2])
     trainer.evaluate()
-    with torch.no_grad():  # behind the trainer's back
+    with torch.no_grad():  # without the trainer
         trainer.model.lm_head.weight.mul_(1.1)
     with pytest.raises(StepZeroError):
         trainer.train()
@@ -312,7 +312,7 @@ def test_what_is_written_without_training_has_its_directory(start, make_trainer,
 
 
 def test_the_model_stays_a_whole_model(start, make_trainer):
-    """Other code can go on using it: stock calls give what they gave."""
+    """Other code can still use it: stock calls return the same values."""
     model = copy.deepcopy(start)
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad():

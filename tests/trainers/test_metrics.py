@@ -45,7 +45,7 @@ def test_ranks_are_joined_in_one_reduction_of_sorted_names():
 
     def two_ranks(sums: torch.Tensor) -> torch.Tensor:
         calls.append(tuple(sums.shape))
-        return sums + torch.tensor([[7.0, 1.0], [30.0, 2.0]])  # what the other rank has
+        return sums + torch.tensor([[7.0, 1.0], [30.0, 2.0]])  # the other rank's values
 
     sums = MetricSums()
     sums.add("b", torch.tensor([1.0, 2.0]), torch.ones(2))

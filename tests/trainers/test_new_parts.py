@@ -1,4 +1,4 @@
-"""New parts of a model under an adapter: heads and weights that no file has are trained and saved."""
+"""New parts of a model with an adapter: heads and weights without a file are trained and saved."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def scores(model: nn.Module) -> torch.Tensor:
 
 
 def again(base: Path, saved: Path) -> nn.Module:
-    """The adapter by PEFT alone, on a base whose head is another random one."""
+    """The adapter by PEFT alone, on a base with another random head."""
     torch.manual_seed(11)
     classifier = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     classifier.config.pad_token_id = 3
@@ -91,7 +91,7 @@ def test_a_new_head_is_trained_and_comes_back(case: str, base: Path, tmp_path: P
     )
     trainer.save_model(str(tmp_path / "saved"))
     assert torch.allclose(scores(trainer.model), scores(again(base, tmp_path / "saved")), atol=1e-5)
-    assert config.task_type == SETTINGS[case]["task_type"]  # the caller's config is left alone
+    assert config.task_type == SETTINGS[case]["task_type"]  # the caller's config is unchanged
 
 
 def test_a_resumed_head_is_that_of_an_uninterrupted_training(base: Path, tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_resumed_head_is_that_of_an_uninterrupted_training(base: Path, tmp_pat
     assert torch.equal(scores(first.model), scores(whole.model))
 
 
-def test_what_is_added_is_said(
+def test_what_is_added_is_reported(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "rpo_trainer"):
@@ -118,7 +118,7 @@ def test_a_head_that_somebody_else_froze(
         model.config.pad_token_id = 3
         return get_peft_model(model, lora(**settings))
 
-    # Made by this package, or by transformers of a directory without a head.
+    # Created by this package, or by transformers from a directory without a head.
     made = as_reward_model(AutoModelForCausalLM.from_pretrained(base))
     loaded = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     for model in (made, loaded):
@@ -130,7 +130,7 @@ def test_a_head_that_somebody_else_froze(
     )  # fmt: skip
     trainer.save_model(str(tmp_path / "saved"))
     assert torch.allclose(scores(trainer.model), scores(again(base, tmp_path / "saved")))
-    # One that was trained before may stay as it is, which is said.
+    # A head that was trained before may stay frozen, with a warning.
     trained = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     trained.save_pretrained(tmp_path / "trained")
     before = AutoModelForSequenceClassification.from_pretrained(tmp_path / "trained")

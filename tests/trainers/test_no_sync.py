@@ -1,7 +1,7 @@
 """The host waits for the device once in an optimizer step, and never in a micro-batch.
 
-On a CPU nobody waits, but the same operations are dispatched as on a GPU: those that hand a tensor's
-content to Python, or whose result has a shape that only its content knows, are counted.
+On a CPU there are no waits, but the same operations are dispatched as on a GPU: those that return a tensor's
+content to Python, or whose result has a shape that depends on content, are counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.trainers.plain import make_rows
 
 _RUNS = itertools.count()
 
-# Operators whose result is a number for Python, or a shape that depends on content.
+# Operators that return a Python number, or a shape that depends on content.
 _WAITING = {
     "_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "nonzero_numpy", "argwhere",
     "masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive", "bincount",
@@ -57,7 +57,7 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        # A literal "cpu"; the trainer's own device is one here too, as a torch.device.
+        # A literal "cpu"; here also the trainer's own device, which is a torch.device.
         to_cpu = name == "to" and any(a == "cpu" for a in (*args[1:], *(kwargs or {}).values()))
         if name in _READING or to_cpu:
             self.seen[_where(name)] += 1
@@ -65,7 +65,7 @@ class _Reads(TorchFunctionMode):
 
 
 def _where(name: str) -> str:
-    """The operator, and the innermost line that is neither torch's nor this file's."""
+    """The operator, and the innermost line that is neither in torch nor in this file."""
     frames = [
         f for f in traceback.extract_stack()
         if "/torch/" not in f.filename and f.filename != __file__
@@ -74,7 +74,7 @@ def _where(name: str) -> str:
 
 
 def waits(function: Any) -> Counter[str]:
-    """What `function()` makes the host wait for, by place."""
+    """Return the synchronizations that `function()` causes, by place."""
     seen: Counter[str] = Counter()
     with _Operators(seen), _Reads(seen):
         function()
@@ -108,7 +108,7 @@ def test_what_does_not_wait_is_not_counted():
 
 @pytest.fixture
 def waits_of(make_trainer: Any, start: Any, tmp_path: Path) -> Any:
-    """`waits_of("rpo", steps, ...)`: what a run of so many optimizer steps waits for; it logs nothing."""
+    """`waits_of("rpo", steps, ...)`: the synchronizations of so many optimizer steps, without logging."""
 
     def run(kind: str, steps: int, **settings: Any) -> Counter[str]:
         ks = {"sft": (1,) * 32, "dpo": (2,) * 32, "rpo": (2, 3, 4, 2) * 8}[kind]
@@ -117,7 +117,7 @@ def waits_of(make_trainer: Any, start: Any, tmp_path: Path) -> Any:
             settings["reference_cache_dir"] = str(tmp_path / f"cache-{next(_RUNS)}")
         trainer = make_trainer(
             kind, copy.deepcopy(start).float(), make_rows(0, ks, rewards=kind == "rpo"),
-            # Fused: plain AdamW reads its own counters, which lie in the host's memory.
+            # Fused: plain AdamW reads its own counters, which are in host memory.
             **{
                 "max_steps": steps, "global_batch_size": 4, "optim": "adamw_torch_fused",
                 "max_grad_norm": 1.0, "lr_scheduler_type": "cosine", **settings,
@@ -132,7 +132,7 @@ GUARD = "tolist at trainers/guards.py"
 
 
 def files(seen: Counter[str]) -> dict[str, int]:
-    """Without the lines' numbers."""
+    """Return the places without line numbers."""
     total: Counter[str] = Counter()
     for place, number in seen.items():
         total[place.rpartition(":")[0]] += number
@@ -165,7 +165,7 @@ def test_a_step_of_a_token_budget_waits_once(waits_of):
 
 
 def test_padded_rows_wait_for_transformers_look_at_their_mask(waits_of):
-    """Known, and only in this layout, the last resort: some waits in each forward."""
+    """Accepted only in this layout, the last resort: some synchronizations in each forward."""
     short, long = (waits_of("rpo", steps, layout="padded") for steps in (2, 5))
     more = files(long - short)
     assert more.pop(GUARD) == 3

@@ -1,4 +1,4 @@
-"""Noise in training is off where it must be, in every family, and nothing else of the model changes."""
+"""Noise in training is disabled where required, in every family, and nothing else of the model changes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SEQ2SEQ = {
     "decoder_ffn_dim": 32, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }  # fmt: skip
-# Where noise lives: in modules, in numbers of modules, in configs that a forward reads, in sampling.
+# Sources of noise: modules, numbers in modules, configs that a forward reads, sampling.
 PLACES: dict[str, tuple[str, dict[str, Any]]] = {
     "nn.Dropout": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY}),
     "attention": ("llama", {**COMMON, "attention_dropout": 0.3}),
@@ -78,10 +78,10 @@ def logits(model: Any, seed: int, training: bool) -> torch.Tensor:
 
 
 def assert_turned_off(model: Any) -> None:
-    """Two forwards in training are bitwise what eval gives; the config to save is what it was."""
+    """Two forwards in training are bitwise those of eval; the config to save is unchanged."""
     before, config = logits(model, 0, False), model.config.to_dict()
     disable_noise(model, "a test")
-    again = copy.deepcopy(model)  # as a reference is made
+    again = copy.deepcopy(model)  # as in a reference pass
     for one in (model, again):
         for seed in (0, 1):
             assert torch.equal(logits(one, seed, True), before)
@@ -137,7 +137,7 @@ SMALL = {name: size for size, names in SIZES.items() for name in names.split()}
 
 
 def small_noisy(family: str) -> Any:
-    """A small model of a family with all of its noise on; None: it has none, or takes more than sizes."""
+    """A small model of a family with all noise enabled; None: it has none, or the sizes do not fit."""
     try:
         defaults = CONFIG_MAPPING[family]().to_dict()
         sizes = {name: SMALL[name] for name in SMALL if isinstance(defaults.get(name), int)}
@@ -157,7 +157,7 @@ def small_noisy(family: str) -> Any:
         with torch.device("meta"):
             size = sum(p.numel() for p in made(family, settings).parameters()) if on else 0
         return made(family, settings) if 0 < size < 2e6 else None
-    except Exception:  # whatever a family says of sizes that do not fit
+    except Exception:  # any error of a family about sizes
         return None
 
 
@@ -168,7 +168,7 @@ def test_noise_is_off_in_every_family() -> None:
         model = small_noisy(family)
         try:
             noisy = model is not None and is_noisy(model)
-        except Exception:  # sizes that do not fit, seen late
+        except Exception:  # sizes that do not fit, detected late
             continue
         if noisy:
             assert_turned_off(model)
@@ -176,7 +176,7 @@ def test_noise_is_off_in_every_family() -> None:
     assert len(tried) > 60, tried
 
 
-# --- what trainers say ---
+# --- warnings of trainers ---
 
 
 def test_what_is_left_on_is_named(make_trainer: Any, caplog: Any) -> None:
@@ -217,7 +217,7 @@ def test_noise_without_a_name_is_called_noise(make_trainer: Any) -> None:
 
 @pytest.mark.parametrize("layout", ["shared", "padded"])
 def test_a_batch_that_is_not_exact_is_no_stale_cache(layout: str, make_trainer: Any) -> None:
-    """A model whose answers depend on the size of a batch; the reference had one response each."""
+    """A model whose outputs depend on the batch size; the reference had one response each."""
     trainer = make_trainer(
         "dpo", make_model(), make_rows(0, (2,) * 4), layout=layout, global_batch_size=4,
         per_device_train_batch_size=4, reference_batch_tokens=1,
@@ -231,7 +231,7 @@ def test_a_batch_that_is_not_exact_is_no_stale_cache(layout: str, make_trainer: 
         trainer.train()
 
 
-def test_a_forward_that_is_random_in_eval_mode_is_said(make_trainer: Any) -> None:
+def test_a_forward_that_is_random_in_eval_mode_is_reported(make_trainer: Any) -> None:
     trainer = make_trainer(
         "dpo", make_model(), make_rows(0, (2,) * 4), reference_batch_tokens=10**6
     )
@@ -263,7 +263,7 @@ def test_plain_sums_are_those_of_the_step(layout: str, make_trainer: Any) -> Non
 
 
 def test_what_draws_is_held_though_two_forwards_may_happen_to_agree() -> None:
-    """The router of Phi-3.5-MoE samples between experts whose scores are close, which few tokens have."""
+    """The router of Phi-3.5-MoE samples between experts with close scores, which few tokens have."""
     model = tiny_model("phimoe")
     disable_noise(model, "the test has none")
     ids = torch.arange(6, 90)[None]

@@ -1,4 +1,4 @@
-"""What is written beside the weights: outputs end where training ended, configs are as given."""
+"""Files next to the weights: outputs end responses as in training, and configs are unchanged."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ SPECIALS = ["<eos>", "<pad>", "<start>", "<end>", "<call>"]
 END = "{% for m in messages %}<start> {{ m.role }} : {{ m.content }} <end>{% endfor %}"
 EOS = "{% for m in messages %}{{ m.role }} : {{ m.content }} {{ eos_token }}{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}<start> assistant :{% endif %}"
-# Turns have no end of their own: the token that opens the next one ends them.
+# Turns have no end marker: the token that opens the next one ends them.
 OPENERS = (
     "{% for m in messages %}{{ '<call>' if m.role == 'user' else '<start>' }} {{ m.content }} {% endfor %}"
     "{% if add_generation_prompt %}<start> {% endif %}"
@@ -129,7 +129,7 @@ def stored(folder: Path, name: str) -> dict[str, Any]:
     return json.loads((folder / name).read_text())  # type: ignore[no-any-return]
 
 
-# template, rows, the base's ends → ends of the output, its tokenizer's end token
+# template, rows, the base's end tokens → end tokens of the output, its tokenizer's end token
 CASES: dict[str, tuple[str | None, Any, Any, Any, str]] = {
     "a marker": (END + PROMPT, chats(), 0, [3, 0], "<end>"),
     "a marker that the base knows last": (END + PROMPT, chats(), [0, 4, 3], [3, 0, 4], "<end>"),
@@ -162,13 +162,13 @@ def test_the_output_ends_where_training_ended(case: str, peft: bool, tmp_path: P
     assert stored(final, "tokenizer_config.json")["pad_token"] == "<pad>"
     if not peft:
         assert stored(final, "config.json")["eos_token_id"] == ends
-    assert trainer.processing_class.eos_token == "<eos>"  # data that comes later is as before
+    assert trainer.processing_class.eos_token == "<eos>"  # later data does not change it
 
 
 def test_what_is_pushed_in_training_is_what_was_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tokenizer is that of the checkpoint, and no pickle is uploaded or left."""
+    """The tokenizer is that of the checkpoint, and no pickle is uploaded or kept."""
     pushed: dict[str, Any] = {}
 
     class Hub:
@@ -206,7 +206,7 @@ def test_a_difference_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
     assert "'<end>' (3)" in said(END + PROMPT, chats()) and "eos_token_id" in caplog.text
     assert "eos_token" not in said(None, completions())
-    # Of a base that stops there already, the tokenizer may still change.
+    # For a base that already stops there, the tokenizer may still change.
     assert "'<eos>'" in said(END + PROMPT, chats(), [0, 3]) and "'<end>'" in caplog.text
     assert "eos_token" not in said(OPENERS, chats(), [0, 4])
 
@@ -228,10 +228,10 @@ def test_tokens_where_a_response_was_cut_end_nothing(tmp_path: Path) -> None:
         model(), args=args(SFTConfig, tmp_path), train_dataset=[*calls, *rows],
         processing_class=tokenizer(),
     )  # fmt: skip
-    assert trainer.output.written.ends == (3, 4)  # often enough to be an end of its own
+    assert trainer.output.written.ends == (3, 4)  # often enough to be an end token
 
 
-PARTS = {  # trained responses, the base's end being 0 → ends
+PARTS = {  # trained responses, with 0 as the base's end token → end tokens
     "an analysis before its answer": ([[7, 4], [8, 4, 9, 0]], (0,)),
     "the marker of the template": ([[7, 3], [8, 3, 9, 3]], ()),
     "one stray token in many": ([[7, 3]] * 199 + [[8, 3, 9, 3]], (3,)),
@@ -341,7 +341,7 @@ def test_a_chain_ends_so_in_every_output(between: str | None, tmp_path: Path) ->
     net: Any = (
         load_adapter(base, final, trainable=False) if between == "keep" else load_weights(final)
     )
-    assert _end_tokens(net, tokenizer(), []) == [0, 3]  # what is sampled stops where training did
+    assert _end_tokens(net, tokenizer(), []) == [0, 3]  # sampling stops where training did
 
 
 # --- what cannot be saved ---

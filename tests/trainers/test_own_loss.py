@@ -1,4 +1,4 @@
-"""A loss registered from outside is one entry: configs, recipes, messages and the step-0 check know it."""
+"""A registered custom loss is one entry: configs, recipes, messages and the step-0 check support it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BETA = 0.1
 
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`best`: −log of the first response's share among K; `rpo_abs`: |a − b| of pairs."""
+    """`best`: −log of the first response's probability among K; `rpo_abs`: |a − b| of pairs."""
     entries = {
         "best": Loss(
             "−log softmax of the first response",

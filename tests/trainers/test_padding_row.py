@@ -1,4 +1,4 @@
-"""A padding row that transformers would read as zeros is refused, or said where training changes it."""
+"""A padding row that transformers would read as zeros is refused, or reported if training changes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DPO and RPO against training written out plainly, and what they refuse."""
+"""DPO and RPO compared with the reference training, and what they refuse."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_steps_with_adamw_and_a_partial_last_batch(micro, examples, start, other
     )  # fmt: skip
     trainer.train()
     batches = [batch for epoch in range(2) for batch in global_batches(rows, 4, epoch=epoch)][:5]
-    assert 0 < min(map(len, batches)) < 4  # a partial one is among them
+    assert 0 < min(map(len, batches)) < 4  # a partial batch is among them
     objective = objective_of("dpo", settings, plain_reference(other, rows))
     expected = plain_train(start, objective, batches, lr=1e-3, optimizer="adamw")
     worst = max(

@@ -1,4 +1,4 @@
-"""Logged and evaluated metrics against means by hand."""
+"""Logged and evaluated metrics compared with means computed by hand."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_eval_metrics_are_of_the_evaluation_alone(start, make_trainer):
     trainer = make_trainer("dpo", copy.deepcopy(start), rows[:4], eval_rows=rows[4:])
     first = trainer.evaluate()["eval_logps/chosen"]
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-    with torch.no_grad():  # a loss that somebody computes in between
+    with torch.no_grad():  # a loss computed by other code in between
         trainer.compute_loss(trainer.model, batch)
     assert trainer.evaluate()["eval_logps/chosen"] == first
 
@@ -114,7 +114,7 @@ def test_sft_term_is_logged_alone_and_token_mean_over_all_tokens(start, other, m
         nll = sum(-plain_sums(start, row)[0] for row in rows)
     tokens = sum(trained(row)[0] for row in rows)
     assert metrics["eval_loss/sft"] == pytest.approx((nll / tokens).item(), rel=1e-6)
-    # Its weight is 0: it is watched and not trained.
+    # Its weight is 0: it is logged and not trained.
     assert metrics["eval_loss"] == pytest.approx(metrics["eval_loss/preference"])
     assert "eval_rewards/target_gap" not in metrics
 

@@ -1,4 +1,4 @@
-"""Killed and resumed is bitwise the run never killed; checkpoints are complete or absent."""
+"""Killed and resumed, a run is bitwise the uninterrupted one; checkpoints are complete or absent."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.raising import raises
 from tests.small_models import make_model
 from tests.trainers.plain import assert_bitwise_equal, make_rows
 
-STEPS = 8  # ten rows in batches of four: epochs of three steps, the last of each half full
+STEPS = 8  # ten rows in batches of four: epochs of three steps, the last of which has two rows
 _PROCESSES = itertools.count()
 
 
@@ -28,7 +28,7 @@ class Killed(Exception):
 
 
 class KillBefore(TrainerCallback):
-    """Ends the process, so to speak, when step `step` is saved and the next one begins."""
+    """Simulate the end of the process when step `step` is saved and the next one begins."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -40,7 +40,7 @@ class KillBefore(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def starts() -> dict[str, Any]:
-    """SFT's has dropout, so that the random state counts."""
+    """SFT's model has dropout, so that the random state matters."""
     noisy = make_model("gpt2")
     for module in noisy.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -60,7 +60,7 @@ def trainer_of(make_trainer, starts, tmp_path):
         if kind == "lora":
             from peft import LoraConfig
 
-            torch.manual_seed(next(_PROCESSES))  # processes do not begin alike
+            torch.manual_seed(next(_PROCESSES))  # processes do not start equal
             settings["peft_config"] = LoraConfig(target_modules=["q_proj"], r=2, lora_dropout=0.1)
             kind_of_trainer, model = "rpo", starts["lora"]
         else:
@@ -85,7 +85,7 @@ def straight_models() -> dict[str, Any]:
 
 
 def straight(kind: str, trainer_of: Any, models: dict[str, Any]) -> Any:
-    """The uninterrupted run, once."""
+    """The uninterrupted run."""
     if kind not in models:
         trainer = trainer_of(kind, f"straight-{kind}")
         trainer.train()
@@ -226,7 +226,7 @@ def test_resuming_computes_no_reference_again(trainer_of, monkeypatch):
     trainer_of("rpo", "out").train(resume_from_checkpoint=True)
 
 
-# --- what lies on disk ---
+# --- files on disk ---
 
 
 def test_leftovers_of_a_save_are_ignored_and_cleared(trainer_of, straight_models, tmp_path):
@@ -291,7 +291,7 @@ def test_a_checkpoint_is_a_model_that_loads(trainer_of, tmp_path):
 def test_the_best_model_is_kept_and_loaded_at_the_end(limit, make_trainer, starts, tmp_path):
     from safetensors.torch import load_file
 
-    # Rewards turned round in the eval data: every step makes it worse, so the first one is best.
+    # The eval rewards are reversed: every step makes the metric worse, so the first one is best.
     rows = rows_of("rpo")
     worse = [{**row, "rewards": row["rewards"][::-1]} for row in rows]
     trainer = make_trainer(
@@ -306,7 +306,7 @@ def test_the_best_model_is_kept_and_loaded_at_the_end(limit, make_trainer, start
     assert losses == sorted(losses) and losses[0] < losses[-1]
     best = tmp_path / "out" / "checkpoint-1"
     assert Path(trainer.state.best_model_checkpoint) == best and best.is_dir()
-    # With a limit of one, transformers leaves the best alone at the end.
+    # With a limit of one, transformers only keeps the best at the end.
     left = {None: {1, 2, 3, 4}, 3: {1, 3, 4}, 2: {1, 4}, 1: {1}}[limit]
     assert {int(p.name[11:]) for p in checkpoint.checkpoints(tmp_path / "out")} == left
     for folder in checkpoint.checkpoints(tmp_path / "out"):
@@ -369,7 +369,7 @@ def test_another_number_of_processes_is_a_warning(tmp_path, caplog):
 
 
 def starts_at(trainer: Any, **settings: Any) -> int:
-    """Trains, and tells the step that it has started from."""
+    """Train and return the step that training has resumed from."""
     steps = []
 
     class Note(TrainerCallback):

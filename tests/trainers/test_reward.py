@@ -1,4 +1,4 @@
-"""RewardTrainer: its updates are those of the formulas written out plainly, its files any tool's."""
+"""RewardTrainer: its updates equal those of the formulas, and other tools can load its files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def start(names=NAMES, dtype=torch.float64):
 
 
 def rated_rows(seed, n=8):
-    """Tokenised rows; every third rating of the second attribute is missing."""
+    """Tokenized rows; every third rating of the second attribute is missing."""
     rows = make_rows(seed, (1,) * n)
     for i, row in enumerate(rows):
         row["attributes"] = [(7 * i) % 5, None if i % 3 == 0 else (3 * i) % 4]
@@ -42,7 +42,7 @@ def rated_rows(seed, n=8):
 
 
 def plain_scores(model, row):
-    """`[K, A]`, each response in a stock forward of its own."""
+    """`[K, A]`, each response in a separate stock forward."""
     forward = type(model).forward
     ids = [torch.tensor([row["prompt_ids"] + r]) for r in row["response_ids"]]
     return torch.cat([forward(model, input_ids=i).logits for i in ids])
@@ -111,7 +111,7 @@ def test_regression_is_the_mean_over_the_ratings_of_the_global_batch(tmp_path, l
     trainer.train()
     assert trainer.layout == layout
     wanted = plain_train(before, plain_regression, global_batches(rows, 4), 0.01)
-    # The ratings go to the device as float32, whatever the model is.
+    # The ratings go to the device as float32, regardless of the model's dtype.
     assert_same_update(before, trainer.model, wanted, 1e-6)
 
 
@@ -238,7 +238,7 @@ def chat_tokenizer():
 def test_helpsteer2_rows_to_a_directory_that_any_tool_loads(tmp_path):
     names = ["helpfulness", "coherence", "verbosity"]
     tokenizer = chat_tokenizer()
-    tokenizer.pad_token = tokenizer.eos_token  # as many tokenizers have it
+    tokenizer.pad_token = tokenizer.eos_token  # as in many tokenizers
     trainer = make_trainer(
         tmp_path, make_model(vocab_size=len(tokenizer)), HELPSTEER, tokenizer=tokenizer,
         eval_rows=HELPSTEER, objective="regression", attributes=names,

@@ -1,4 +1,4 @@
-"""Losses of reward models against closed forms and finite differences."""
+"""Losses of reward models compared with closed forms and finite differences."""
 
 from __future__ import annotations
 

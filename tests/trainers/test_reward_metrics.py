@@ -1,4 +1,4 @@
-"""Agreement of a reward model with held-out rows, on figures small enough to reckon by hand."""
+"""Agreement of a reward model with held-out rows, on numbers small enough to compute by hand."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_ratings_by_attribute_and_as_one_reward():
     assert metrics["bias/a"] == pytest.approx((6 - 14) / 4)
     assert metrics["rmse/a"] == pytest.approx(math.sqrt((1 + 1 + 1 + 25) / 4))
     assert metrics["rmse/b"] == pytest.approx(math.sqrt((1 + 9 + 4) / 3))
-    # Rewards: predicted 1, (2), −1, 0; rated 1, –, 3, 3. In p only rows 0 and 2 are whole: 1 > −1, 1 < 3.
+    # Rewards: predicted 1, (2), −1, 0; rated 1, –, 3, 3. Only rows 0 and 2 of p are complete: 1 > −1, 1 < 3.
     assert metrics["accuracy"] == 0.0
     assert metrics["bias/reward"] == pytest.approx((0 - 7) / 3)
     assert set(tables) == {"a", "b", "reward"}

@@ -1,4 +1,4 @@
-"""`loss/router_aux`: the load-balancing loss of the global batch, however the batch is dealt out."""
+"""`loss/router_aux`: the load-balancing loss of the global batch, for any split of the batch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def mixtures() -> dict[str, Any]:
 
 
 def plain_aux(model: Any, rows: list[dict[str, Any]], top_k: int = 2) -> Tensor:
-    """E · Σ f · P over all tokens of all responses, each with its prompt in a forward of its own."""
+    """E · Σ f · P over all tokens of all responses, each with its prompt in a separate forward."""
     probabilities, chosen = [], []
     for row in rows:
         for response in row["response_ids"]:
@@ -48,7 +48,7 @@ def rows_for(kind: str, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def gradient(make_trainer: Any, kind: str, model: Any, **settings: Any) -> tuple[list[Tensor], Any]:
-    """What one step of SGD takes from each weight, over the learning rate."""
+    """The change of each weight in one step of SGD, divided by the learning rate."""
     trainer = make_trainer(
         kind, copy.deepcopy(model), rows_for(kind), global_batch_size=ROWS, learning_rate=RATE,
         logging_strategy="steps", logging_steps=1, **settings,

@@ -1,4 +1,4 @@
-"""Every setting of transformers and accelerate acts, is refused, or changes nothing."""
+"""Every setting of transformers and accelerate takes effect, is refused, or changes nothing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_table_has_every_field_of_the_installed_version(settings):
     assert installed - set(table) == set(), "say in argument_table.py what becomes of these"
     old = {name for name, row in table.items() if row.some_versions}
     assert set(table) - installed <= old
-    assert len(table) == sum(len(row.names) for row in TABLES[settings])  # none twice
+    assert len(table) == sum(len(row.names) for row in TABLES[settings])  # no duplicates
 
 
 def test_the_page_is_what_the_table_says():
@@ -240,7 +240,7 @@ def test_by_default_every_epoch_is_a_permutation(start, make_trainer):
     assert steps[:2] != steps[2:]
 
 
-# --- what acts ---
+# --- settings that take effect ---
 
 
 def test_the_loaders_have_their_settings(start, make_trainer):
@@ -278,7 +278,7 @@ def test_tokens_seen_are_counted(wanted, budget, layout, start, make_trainer):
         tokens += padding
     seen = [line["num_input_tokens_seen"] for line in trainer.state.log_history][:2]
     if wanted == "all" and budget is not None and layout == "padded":
-        assert seen[0] > tokens  # padded over whole forwards
+        assert seen[0] > tokens  # padded over entire forwards
     else:
         assert seen == [tokens, 2 * tokens]
     rates = [line["train_tokens_per_second"] for line in trainer.state.log_history[:2]]

@@ -1,4 +1,4 @@
-"""SFT against training written out plainly: trained spans, the mean over all trained tokens."""
+"""SFT compared with the reference training: trained spans, the mean over all trained tokens."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, make_trainer, 
         trainer.train()
     assert caught.value.exit_code == 4
     assert "row-4" in caught.value.where
-    assert len(caught.value.where.split(",")) == 2  # the rows of one micro-batch, no others
+    assert len(caught.value.where.split(",")) == 2  # only the rows of one micro-batch
     assert_bitwise_equal(model, before)
     injected("SFT, the loss is not finite", "stopped")
 
@@ -169,7 +169,7 @@ def test_messages_train_every_assistant_turn(make_trainer):
 
 
 def test_dropout_stays_on(make_trainer):
-    """Nothing in SFT needs it off, so it is the model's own choice."""
+    """SFT does not require it to be off, so the model decides."""
     model = make_model("gpt2")
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -1,4 +1,4 @@
-"""The step-0 check: when it holds, when it stops, and that nothing has moved then."""
+"""The step-0 check: when it passes, when it stops, and that no weights have changed then."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def with_dropout(p: float = 0.1, family: str = "gpt2") -> Any:
 
 
 def closed_form(loss_type: str, rewards: list[float], beta: float) -> float:
-    """The constants, from the formulas with policy = reference."""
+    """The constants from the formulas with policy = reference."""
     if loss_type == "dpo":
         return math.log(2)
     if loss_type == "ipo":
@@ -132,7 +132,7 @@ def test_a_stale_reference_stops_the_run_before_it_moves(optim, start, make_trai
 
 
 def test_a_shift_that_the_loss_does_not_show_is_found_too(start, make_trainer, monkeypatch):
-    """Both responses off by the same: DPO's loss is still ln 2, its reference still wrong."""
+    """Both responses are off by the same: DPO's loss is still ln 2, although its reference is wrong."""
     own = reference.dataset_logprobs
     monkeypatch.setattr(
         reference,
@@ -197,4 +197,4 @@ def test_only_the_first_step_is_checked(start, make_trainer):
     )
     assert trainer.train().global_step == 3
     trainer.args.max_steps = 6
-    assert trainer.train().global_step == 6  # trained already: policy and reference differ by now
+    assert trainer.train().global_step == 6  # already trained: policy and reference differ

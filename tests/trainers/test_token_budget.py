@@ -1,4 +1,4 @@
-"""`micro_batch_tokens`: other forwards, the same update; every rank runs as many of them."""
+"""`micro_batch_tokens`: other forwards, the same update; every rank runs the same number of them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.small_models import make_model
 from tests.trainers.plain import assert_bitwise_equal, assert_same_update, make_rows
 from tests.trainers.test_resume import kill
 
-# Ten rows in batches of four: epochs of three steps, the last of each half full.
+# Ten rows in batches of four: epochs of three steps, the last of which has two rows.
 KS = (2, 3, 2, 5, 2, 2, 3, 2, 4, 2)
 STEPS = 7
-LONG = 30  # below the longest example of either kind: it goes alone
+LONG = 30  # below the longest example of either kind, which is processed alone
 
 
 def rows_of(kind: str) -> list[dict[str, Any]]:
@@ -65,8 +65,8 @@ def test_the_update_is_that_of_fixed_micro_batches(kind, layout, trainer_of, mod
         for mine, other in zip(
             trainer.state.log_history[:-1], expected.state.log_history[:-1], strict=True
         ):
-            # A reward that is 0 but for rounding may be right or wrong: the step-0 line has some. And
-            # an epoch's last step is short in forwards, but a whole one of its steps.
+            # A reward that is 0 up to rounding may count as right or wrong, as in the step-0 line. And
+            # an epoch's last step has fewer forwards, but is a full optimizer step.
             names = mine.keys() - {"rewards/accuracies", "logps/chosen_falling", "epoch"}
             assert mine.keys() == other.keys()
             assert {n: mine[n] for n in names} == pytest.approx(
@@ -97,7 +97,7 @@ def test_the_number_of_forwards_follows_the_lengths(trainer_of, caplog):
 
 def test_the_accounts_are_those_of_the_global_batch(trainer_of):
     trainer = trainer_of("sft", 40, global_batch_size=None, gradient_accumulation_steps=3)
-    assert trainer.args.examples_per_step() == 6  # 2 a device × 3
+    assert trainer.args.examples_per_step() == 6  # 2 per device × 3
     assert trainer.get_total_train_batch_size(trainer.args) == 6
     assert len(trainer.get_train_dataloader()) == 2
 

@@ -1,4 +1,4 @@
-"""Metrics under TRL's names, against plain logits in float64."""
+"""Metrics under TRL's names, compared with plain logits in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES = ("mean_token_accuracy", "entropy")
 
 
 def plain(model: Any, rows: Any) -> dict[str, float]:
-    """The metrics from one forward of the model a response."""
+    """The metrics from one forward of the model per response."""
     found: dict[str, list[float]] = {
         name: [] for name in (*NAMES, "logits/chosen", "logits/rejected")
     }

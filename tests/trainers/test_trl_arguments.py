@@ -1,4 +1,4 @@
-"""Arguments of TRL's configs and trainers: they act, change nothing and are listed, or are refused."""
+"""Arguments of TRL's configs and trainers: they take effect, are listed as without effect, or are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.trainers.conftest import TRAINERS
 from tests.trainers.plain import PAIRS, assert_bitwise_equal, make_rows, rows_of
 
 CONFIGS = [SFTConfig, DPOConfig, RewardConfig]
-# A value that changes the result, for each argument of which some are refused
+# A value that changes the result, for each argument with some refused values
 OTHER: dict[str, Any] = {
     "truncation_mode": "keep_end", "activation_offloading": True, "packing_strategy": "wrapped",
     "dataset_kwargs": {"add_special_tokens": False}, "completion_only_loss": False,
@@ -83,7 +83,7 @@ def test_an_argument_is_refused_or_listed(
         made = make(config, **{name: value})
         assert getattr(made, name) == value
         said = [record for record in caplog.records if f"{name}=" in record.getMessage()]
-        assert len(said) == (name != "truncation_mode")  # which acts
+        assert len(said) == (name != "truncation_mode")  # which takes effect
 
 
 def test_all_are_listed_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -95,7 +95,7 @@ def test_all_are_listed_once(caplog: pytest.LogCaptureFixture) -> None:
         name in line for name in ("packing=True", "assistant_only_loss=True", "use_liger_kernel")
     )
     assert "per_device_train_batch_size" in line
-    assert not made.use_liger_kernel  # else transformers would patch the model
+    assert not made.use_liger_kernel  # otherwise transformers would patch the model
 
 
 def test_an_argument_that_is_set_afterwards_is_looked_at_too(start: Any, tokenizer: Any) -> None:

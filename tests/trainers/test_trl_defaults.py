@@ -1,4 +1,4 @@
-"""Our configs have TRL's defaults, or a reason beside the field; the log says what differs."""
+"""Our configs have TRL's defaults, or a reason next to the field; the log lists the differences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def reasons(config: Any) -> dict[str, str]:
 def test_defaults_are_trls(ours: type) -> None:
     trl = pytest.importorskip("trl")
     own, theirs = defaults_of(ours), defaults_of(getattr(trl, ours.__name__))
-    foreign = by_name(ours.trl_table)  # None unless given
+    foreign = by_name(ours.trl_table)  # None by default
     assert {own[name] for name in foreign} == {None}
     own = {name: value for name, value in own.items() if name not in foreign}
     differ = {name for name in own.keys() & theirs.keys() if own[name] != theirs[name]}
@@ -64,7 +64,7 @@ def test_what_differs_is_a_warning_once_where_it_has_its_default(
             copy.deepcopy(start), args, make_rows(0, (1,) * 4), processing_class=tokenizer
         ).train()
         said = [r for r in caplog.records if r.getMessage().startswith("defaults that")]
-        assert len(said) == (truncation is not None)  # the third is as the first
+        assert len(said) == (truncation is not None)  # the third is like the first
         for record in said:
             assert record.levelno == logging.WARNING and "assistant turns" in record.message
             assert ("truncation=drop" in record.message) == truncation

@@ -28,7 +28,7 @@ Run = Callable[..., dict[str, Any]]
 
 
 def after_the_import(source: str) -> str:
-    """The script with our trainers and configs in place of TRL's; what else it imports stays TRL's."""
+    """Return the script with our trainers and configs in place of TRL's; its other imports stay TRL's."""
     found = re.search(r"^from trl import (.+)$", source, flags=re.MULTILINE)
     assert found
     names = [name.strip() for name in found[1].split(",")]
@@ -40,7 +40,7 @@ def after_the_import(source: str) -> str:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Local paths by the names that the scripts use."""
+    """Local paths by the names in the scripts."""
     folder = tmp_path_factory.mktemp("hub")
     tokenizer = set_chat_template(character_tokenizer(), "plain")
     config = AutoConfig.for_model(
@@ -76,7 +76,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def run(hub: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Runs a script of `trl_scripts` in a directory of its own; gives its names."""
+    """Run a script of `trl_scripts` in a separate directory; return its names."""
 
     def start(name: str) -> dict[str, Any]:
         source = after_the_import((SCRIPTS / f"{name}.py").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Early warnings: each from logs that deserve it, none from a healthy run, none twice."""
+"""Early warnings: each from logs with its condition, none from a healthy run, none twice."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def names(args: Any, **changes: Any) -> list[str]:
         ({"rewards/target_saturated": 0.51}, ["targets_saturated"]),
         ({"rewards/margins": 10.0}, []),
         ({"rewards/margins": 10.1}, ["margins_exploding"]),
-        ({"rewards/margins": 10.1, "rewards/target_gap": 4.0}, []),  # it is asked for
+        ({"rewards/margins": 10.1, "rewards/target_gap": 4.0}, []),  # it is requested
         ({"rewards/accuracies": 1.0, "logps/chosen_delta": 0.5}, []),
         ({"rewards/accuracies": 0.98}, []),
         ({"rewards/accuracies": 0.99}, ["chosen_unlearned"]),
@@ -61,7 +61,7 @@ def test_thresholds(changes: dict[str, float], expected: list[str]) -> None:
 def test_a_healthy_run_gets_none() -> None:
     assert names(config()) == []
     only = {name: HEALTHY[name] for name in ("loss", "rewards/margins")}
-    assert list(find_warnings(only, config("dpo"))) == []  # nothing is judged that is not there
+    assert list(find_warnings(only, config("dpo"))) == []  # missing metrics are not judged
 
 
 def test_squared_losses_have_no_saturated_targets() -> None:
@@ -85,7 +85,7 @@ def test_what_to_try_names_recipe_keys_and_their_values() -> None:
     assert {"sft_loss_weight", "beta", "reward_scale", "learning_rate", "max_steps"} <= fields
 
 
-def test_each_is_said_once_with_its_step(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_is_reported_once_with_its_step(caplog: pytest.LogCaptureFixture) -> None:
     noted: list[list[dict[str, Any]]] = []
     callback = EarlyWarnings(lambda found: noted.append(list(found)))
     callback.on_train_begin(config(), state(0), None)

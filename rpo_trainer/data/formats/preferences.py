@@ -50,8 +50,8 @@ def _margin(raw: Raw) -> Row:
 
 
 def _orca(raw: Raw) -> Row:
-    asked = {"role": "user", "content": check_text(raw["question"], "`question`")}
-    return _pairs({**raw, "prompt": [asked]})
+    question = {"role": "user", "content": check_text(raw["question"], "`question`")}
+    return _pairs({**raw, "prompt": [question]})
 
 
 def _ultrafeedback(raw: Raw) -> Row:
@@ -73,32 +73,32 @@ def _nemo(raw: Raw) -> Row:
 
 
 def _nemo_rl(raw: Raw) -> Row:
-    given = raw["completions"]
-    if not is_messages(given):
+    completions = raw["completions"]
+    if not is_messages(completions):
         raise RowError("`completions` is not a list of objects", code="data.wrong-type")
-    if any(reward_fault(one.get("rank")) for one in given):
+    if any(reward_fault(one.get("rank")) for one in completions):
         raise RowError("a `rank` in `completions` is not a number", code="data.bad-rank")
-    best_first = sorted(given, key=lambda one: one["rank"])
+    best_first = sorted(completions, key=lambda one: one["rank"])
     names = [f"`completions` of rank {one['rank']}" for one in best_first]
     row = preference(raw["context"], [one.get("completion") for one in best_first], names)
-    others = {key for one in given for key, value in one.items() if value is not None}
+    others = {key for one in completions for key, value in one.items() if value is not None}
     unread = [f"completions.{key}" for key in sorted(others - {"rank", "completion"})]
     row["unread"] = [*row.get("unread", ()), *unread]
     return {**row, "rewards": [None] * len(row["responses"])}
 
 
 def _openai_preference(raw: Raw) -> Row:
-    given = raw["input"]
-    if not isinstance(given, Mapping):
+    fields = raw["input"]
+    if not isinstance(fields, Mapping):
         raise RowError("`input` is not an object with `messages`", code="data.wrong-type")
     names = ["preferred_output", "non_preferred_output"]
-    prompt = to_messages(given.get("messages"), "`input.messages`")
+    prompt = to_messages(fields.get("messages"), "`input.messages`")
     row = preference(prompt, [raw[name] for name in names], [f"`{name}`" for name in names])
     known = ("messages", "tools", "parallel_tool_calls")
     unread = [
-        f"input.{key}" for key in sorted(given) if key not in known and given[key] is not None
+        f"input.{key}" for key in sorted(fields) if key not in known and fields[key] is not None
     ]
-    return {**row, **tools(given), "unread": unread, "rewards": [None, None]}
+    return {**row, **tools(fields), "unread": unread, "rewards": [None, None]}
 
 
 def _strength(prompt: object, raw: Raw, first: str, second: str, column: str) -> Row:

@@ -86,11 +86,11 @@ class Format:
 
     def read(self, present: Collection[str]) -> set[str]:
         """Return the columns of the format that are read in a source with these columns."""
-        asked = self.prompt_column(present)
-        unread = {c for c in self.prompts if c != asked}
-        if self.prompts and asked != "instruction":
+        prompt_column = self.prompt_column(present)
+        unread = {c for c in self.prompts if c != prompt_column}
+        if self.prompts and prompt_column != "instruction":
             unread |= set(WITH_INSTRUCTION)
-        if self.prompts and asked != "conversations":
+        if self.prompts and prompt_column != "conversations":
             unread.add("mask")
         return {*self.required, *self.optional} - unread
 

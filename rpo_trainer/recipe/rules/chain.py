@@ -314,7 +314,7 @@ def _evaluation(
 _AT_THE_END = ("between_stages", "merge")  # can differ between stages that train one adapter
 
 
-def adapters_go_on(raw: Raw) -> Errors:
+def adapters_continue(raw: Raw) -> Errors:
     """The adapter of a stage fits its initial weights."""
     for i, stage, earlier in _stages(raw):
         peft = stage.get("peft")

@@ -168,8 +168,8 @@ def sizes(raw: Raw, bounded: Collection[str]) -> Errors:
         bounded: fields with an upper bound, which are skipped.
     """
     for key, value in raw.items():
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if whole and value > LARGEST and key not in bounded:
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if is_integer and value > LARGEST and key not in bounded:
             yield wrong(
                 (key,),
                 f"must be at most {LARGEST}",

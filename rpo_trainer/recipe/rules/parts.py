@@ -127,8 +127,8 @@ def sampled_from_the_policy(raw: Raw) -> Errors:
     """An evaluation samples only from the policy of its stage."""
     own = {"policies": ["init"], "endpoints": [], "with_ground_truth": False}
     generate = raw.get("generate")
-    said = generate if isinstance(generate, dict) else {}
-    for field in [f for f, only in own.items() if said.get(f) not in (None, only)][:1]:
+    fields = generate if isinstance(generate, dict) else {}
+    for field in [f for f, only in own.items() if fields.get(f) not in (None, only)][:1]:
         what = f"`{field}` cannot be set in an evaluation"
         why = "an evaluation samples from the output of its stage"
         yield unread(("generate", field), what, why=why)

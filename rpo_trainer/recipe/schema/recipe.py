@@ -66,7 +66,7 @@ class Recipe(Spec):
         chain.arithmetic_of_the_model,
         chain.references_are_earlier,
         chain.evaluations_are_possible,
-        chain.adapters_go_on,
+        chain.adapters_continue,
     )
 
     model: ModelSpec = Field(description="model that the first stage starts from")

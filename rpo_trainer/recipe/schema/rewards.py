@@ -12,7 +12,7 @@ from rpo_trainer.recipe.schema.spec import Spec, Text, Url
 
 
 class EndpointSpec(Spec):
-    """A model behind an OpenAI-compatible endpoint."""
+    """A model served by an OpenAI-compatible endpoint."""
 
     rules = (parts.template_variables,)
 
@@ -39,7 +39,7 @@ class EndpointSpec(Spec):
 
 
 class RewardEndpointSpec(EndpointSpec):
-    """A reward model behind an endpoint."""
+    """A reward model served by an endpoint."""
 
     api: Literal["rewards", "vllm_score", "vllm_classify"] | None = Field(
         None,

@@ -55,8 +55,8 @@ def last_number(text: str) -> set[Fraction] | None:
     boxed = _last_boxed(text)
     if boxed is not None:
         return _last_in(boxed)
-    _, mark, behind = text.rpartition("####")
-    return next(_numbers_in(behind), None) if mark else _last_in(text)
+    _, mark, answer = text.rpartition("####")
+    return next(_numbers_in(answer), None) if mark else _last_in(text)
 
 
 def _last_in(text: str) -> set[Fraction] | None:

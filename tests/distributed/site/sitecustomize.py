@@ -1,4 +1,4 @@
-"""On PYTHONPATH of a launched command: its ranks may run any engine on CPUs, see `tests.distributed.gloo`."""
+"""On PYTHONPATH of launched commands: lets ranks run any engine on CPUs, see `tests.distributed.gloo`."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""No response can stop a scoring, or hold it up: any text gives a reward, and in linear time."""
+"""No response can stop or delay scoring: any text gets a reward, in linear time."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_long_responses_take_linear_time(name: str, row: Row) -> None:
         reward = check(response)
         took = time.process_time() - began
         assert 0 <= reward <= VERIFIERS[name].maximum
-        if took > 2:  # some milliseconds where it is linear, minutes where it is not
+        if took > 2:  # milliseconds if linear, minutes otherwise
             slow.append((response[:10], response[-3:], took))
     assert slow == []
 

@@ -1,4 +1,4 @@
-"""Code is run within its limits, and its word is not taken for a result."""
+"""Code runs within its limits, and cannot report its own result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A response cannot award itself, and cannot change what lies outside of its working directory."""
+"""A response cannot award itself a reward, and cannot change anything outside its working directory."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_answers_that_are_not_messages_fail_the_test() -> None:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where this test's sandboxes are: other tests run some at the same time."""
+    """The directory of this test's sandboxes: other tests run some at the same time."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
@@ -235,7 +235,7 @@ def test_no_process_outlives_the_verdict_however_it_is_started(home: Path) -> No
 
 
 def _processes(home: Path) -> set[str]:
-    """The processes of the sandboxes below a directory, which is in the environment they start with."""
+    """The processes of the sandboxes below a directory, which is in their initial environment."""
     found = set()
     for entry in os.listdir("/proc") if os.path.isdir("/proc") else []:
         if entry.isdigit():
@@ -311,7 +311,7 @@ def test_other_processes_cannot_be_reached(attempt: str) -> None:
 
 @pytest.mark.skipif(not landlock_version(), reason="the kernel has no Landlock")
 def test_the_kernel_refuses_when_the_audit_hook_is_not_asked(tmp_path: Path) -> None:
-    # Runs in a process of its own: Landlock cannot be taken off again.
+    # In a separate process: Landlock cannot be removed again.
     script = (
         "import os, socket, sys, threading\n"
         "from rpo_trainer.rewards.verifiers.sandbox import limits\n"

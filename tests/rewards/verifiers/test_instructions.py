@@ -1,4 +1,4 @@
-"""Instruction checks: for each a response that follows it, and one that does not."""
+"""Instruction checks: one response that follows each instruction, and one that does not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON that keeps to a schema."""
+"""JSON that matches a schema."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from rpo_trainer.rewards.verifiers import get_verifier
 from tests.rewards.failing import unverifiable
 
 RIGHT = [
-    # GSM8K: the last number, however it is dressed
+    # GSM8K: the last number, in any notation
     ("18", "16 - 3 - 4 = 9\nShe makes 9 * 2 = $18"),
     ("18", "A: 18"),
     ("18", "The answer is 18."),
@@ -22,7 +22,7 @@ RIGHT = [
     ("18", "<<9*2=18>>18 dollars"),
     ("18", "18 eggs"),
     ("18", "**18**"),
-    # what the mark or the box says goes before what follows it
+    # the marked or boxed number has precedence over later ones
     ("18", "#### 18 (that is 2 a piece)"),
     ("18", r"so \boxed{18}, which is 3 more than 15"),
     ("18", r"first \boxed{3}, then \boxed{\text{18 dollars}}. 7 left"),
@@ -50,7 +50,7 @@ RIGHT = [
     ("1.5", "1 1/2 cups"),
     ("1.5", r"1\frac{1}{2}"),
     ("-1/2", r"-\dfrac{1}{2}"),
-    # percent: left out or worked in
+    # percent: omitted or applied
     ("50", "50%"),
     ("50%", "50 percent is 50"),
     ("50%", "0.5"),
@@ -73,7 +73,7 @@ WRONG = [
     ("5", "-5"),
     ("1234", "1,23"),
     ("0.333", "1/3"),
-    ("5", "1/0"),  # no number, and 0 is not what it ends with
+    ("5", "1/0"),  # no number: an empty answer is not 0
     ("0", "1/0"),
     ("18", "1e9999999"),
     ("9999999", "1e9999999"),

@@ -1,4 +1,4 @@
-"""What all verifiers have in common, and the two that compare characters."""
+"""Properties of all verifiers, and the two that compare characters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_exact_is_one_for_the_right_answer_only(response: str, reward: float) ->
         ("abcd", 5.0),
         (" abcd ", 5.0),
         ("abdc", 4 * 2 / 4),  # two letters swapped
-        ("abc", 4 * 3 / 4),  # the last letter lost
+        ("abc", 4 * 3 / 4),  # the last letter missing
         ("abcde", 4 * 4 / 5),  # one too many: divided by the longer text
         ("bcda", 0.0),
         ("", 0.0),

@@ -33,7 +33,7 @@ CHOICES = ["Paris", "London", "a city", "The Hague"]
         ("A", False),
         ("The answer is (C)", False),
         ("A city is meant, so the answer is C", False),
-        ("I would say London is not A city", False),  # an article is no choice
+        ("I would say London is not A city", False),  # an article is not a choice
         ("", False),
         ("I don't know", False),
         ("Between B and C I cannot choose", False),

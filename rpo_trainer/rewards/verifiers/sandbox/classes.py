@@ -71,7 +71,7 @@ def copied(value: Any) -> Any:
     return Copy(value) if type(value) in _COPIED else value
 
 
-def take_apart(value: Any) -> tuple[list[str], list[Any]] | None:
+def decompose(value: Any) -> tuple[list[str], list[Any]] | None:
     """Return the class and the parts of an object; None if it is not sent."""
     kind: Any = type(value)
     try:
@@ -86,8 +86,8 @@ def take_apart(value: Any) -> tuple[list[str], list[Any]] | None:
     return None
 
 
-def put_together(kind: list[str], parts: list[Any]) -> Any:
-    """Rebuild the object from the result of `take_apart`."""
+def compose(kind: list[str], parts: list[Any]) -> Any:
+    """Rebuild the object from the result of `decompose`."""
     if len(kind) == 1:
         return _MAKERS[kind[0]](*parts)
     module, name = kind

@@ -178,7 +178,7 @@ class Codec:
             return ["type", name]
         if self.is_shared(value):
             return ["shared", name]
-        if (named := classes.take_apart(value)) is not None:
+        if (named := classes.decompose(value)) is not None:
             return ["object", named[0], [self._encode(part) for part in named[1]]]
         if type(value).__module__ == "numpy" and "numpy" in sys.modules:
             import numpy
@@ -243,7 +243,7 @@ class Codec:
         if tag == "shared" and rest[0] in self.shared:
             return self.names[rest[0]]
         if tag == "object":
-            return classes.put_together(rest[0], [self.decode(part) for part in rest[1]])
+            return classes.compose(rest[0], [self.decode(part) for part in rest[1]])
         if tag == "type" and isinstance(found := getattr(builtins, rest[0]), type):
             return found
         if tag == "array":
