@@ -32,7 +32,7 @@ from rpo_trainer.stages.inputs import evaluation_of
 from rpo_trainer.stages.lm_eval_tasks import run_tasks
 from rpo_trainer.stages.record import EvaluationRecord
 from rpo_trainer.stages.settings import arithmetic
-from rpo_trainer.step.forward import uninstall
+from rpo_trainer.step.forward import install, uninstall
 from rpo_trainer.step.layout_probe import probe_on_all_ranks
 from rpo_trainer.step.reference import ReferenceCache, dataset_logprobs, response_key
 
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from rpo_trainer.rewards.scorers import Scorer
     from rpo_trainer.stages.prepare import StagePreparer
     from rpo_trainer.stages.scored_rows import ScoredRows
+    from rpo_trainer.step.batch import Layout
+    from rpo_trainer.step.head import Head
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,8 @@ class Evaluation:
         # Log-probs are computed in the dtype of training.
         self.dtype: torch.dtype = getattr(torch, arithmetic(self.recipe.model))
         self._policies: dict[str, Any] = {}
+        self._layouts: dict[str, tuple[Layout, Head]] = {}  # by policy
+        self._longest = 0  # tokens of the longest held-out pair or row of the stage
         self._logged: set[str] = set()  # data whose audit is logged
 
     def measure(self, stage: Stage, label: str) -> EvaluationRecord:
@@ -106,23 +110,29 @@ class Evaluation:
         before = None if baseline in [other.name for other in self.stages] else baseline
         of_before: dict[str, Any] = {}
         try:
+            # Tokenized first: the step layout of a policy depends on the longest of all texts.
+            examples = {
+                field: self._examples(spec, field, f"{label} held-out {what}")
+                for field, what in (("preferences", "pairs"), ("nll", "rows"))
+                if getattr(spec, field)
+            }
+            self._longest = _longest([one for part in examples.values() for one in part])
             if spec.generate is not None:
                 logger.info("%s sampling held-out responses", label)
-                figures |= self._responses_of(stage, spec, baseline, label)
+                figures |= self._responses_of(stage, spec, baseline, before, label)
                 baseline_figures = {**figures.pop("of_baseline", {}), "measure": figures["measure"]}
                 if before is not None:
                     self._keep_samples(stage, "baseline-samples", baseline_figures.pop("samples"))
                     of_before |= baseline_figures
             if spec.preferences:
-                examples = self._examples(spec, "preferences", f"{label} held-out pairs")
-                figures["preferences"] = self._preferences(stage.name, examples, baseline)
+                pairs = examples["preferences"]
+                figures["preferences"] = self._preferences(stage.name, pairs, baseline)
                 if before is not None:
-                    of_before["preferences"] = self._preferences(before, examples, None)
+                    of_before["preferences"] = self._preferences(before, pairs, None)
             if spec.nll:
-                examples = self._examples(spec, "nll", f"{label} held-out rows")
-                figures["nll_by_source"] = self._nll(stage.name, examples)
+                figures["nll_by_source"] = self._nll(stage.name, examples["nll"])
                 if before is not None:
-                    of_before["nll_by_source"] = self._nll(before, examples)
+                    of_before["nll_by_source"] = self._nll(before, examples["nll"])
             if spec.lm_eval is not None:
                 tasks = spec.lm_eval
                 logger.info("%s lm-eval: %s", label, ", ".join(tasks.tasks))
@@ -140,6 +150,7 @@ class Evaluation:
                 )
         finally:
             self._policies.clear()
+            self._layouts.clear()
             gc.collect()
             empty_cache()
         return EvaluationRecord.from_json(
@@ -164,8 +175,18 @@ class Evaluation:
     # --- sampled responses ---
 
     def _responses_of(
-        self, stage: Stage, spec: EvalSpec, baseline: str | None, label: str
+        self,
+        stage: Stage,
+        spec: EvalSpec,
+        baseline: str | None,
+        before: str | None,
+        label: str,
     ) -> dict[str, Any]:
+        """Return the figures of the sampled responses, with those of the baseline.
+
+        Args:
+            before: the baseline if its samples are kept, because it is not a stage; otherwise None.
+        """
         assert spec.score is not None  # the schema
         rows = self.preparer.evaluation_prompts(spec)
         scorer = self.scored_rows.scorer(spec.score)
@@ -177,9 +198,10 @@ class Evaluation:
             figures = self._scored(rows, scorer, answers, baseline_answers, label)
         figures["scorer"] = _name(spec.score)
         self._add_figures(figures["samples"], rows, answers, stage.name, baseline)
-        if baseline_answers is not None:
+        # The samples of a baseline that is a stage are those of its own evaluation.
+        if baseline_answers is not None and before is not None:
             self._add_figures(
-                figures["of_baseline"]["samples"], rows, baseline_answers, str(baseline), None
+                figures["of_baseline"]["samples"], rows, baseline_answers, before, None
             )
         # Metrics are comparable if this is equal: prompts, sampling settings and scorer.
         assert spec.generate is not None  # the schema
@@ -357,11 +379,8 @@ class Evaluation:
         if all(value is not None for row in known for value in row):
             return known  # type: ignore[return-value]
         policy = self._policy(source)
-        longest = max(len(e["prompt_ids"]) + max(map(len, e["response_ids"])) for e in examples)
         half = self.dtype in (torch.bfloat16, torch.float16)
-        layout, _ = probe_on_all_ranks(
-            policy, longest=longest, autocast=self.dtype if half else None
-        )
+        layout = self._install(source, policy, max(self._longest, _longest(examples)))
         precision = torch.autocast(distributed.device().type, self.dtype) if half else nullcontext()
         try:
             with precision:
@@ -372,3 +391,26 @@ class Evaluation:
                 )  # fmt: skip
         finally:
             uninstall(policy)
+
+    def _install(self, source: str, policy: Any, longest: int) -> Layout:
+        """Install the policy's step layout, which is probed at its first examples only.
+
+        Args:
+            longest: of the first examples, tokens of the longest text of all examples.
+        """
+        if source in self._layouts:
+            layout, head = self._layouts[source]
+            install(policy, layout=layout, head=head)
+            return layout
+        half = self.dtype in (torch.bfloat16, torch.float16)
+        self._layouts[source] = probe_on_all_ranks(
+            policy, longest=longest, autocast=self.dtype if half else None
+        )
+        return self._layouts[source][0]
+
+
+def _longest(examples: Sequence[Mapping[str, Any]]) -> int:
+    """Return the number of tokens of the longest text: a prompt and one response."""
+    return max(
+        (len(e["prompt_ids"]) + max(map(len, e["response_ids"])) for e in examples), default=0
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ _SHOWN = {
     "accuracy": "acc",
     "logps/chosen_delta": "Δchosen",
 }
+# The same metrics of held-out data, in lines with room for whole words
+_HELD_OUT = _SHOWN | dict.fromkeys(("rewards/accuracies", "accuracy"), "pair accuracy")
 _LABEL = 20  # columns of a stage's name
 _REDRAWN = 0.1  # seconds between two drawings
 
@@ -141,7 +143,10 @@ def _left(seconds: float | None) -> str:
 
 
 class StageProgress(TrainerCallback):
-    """Shows a stage's steps, metrics, examples per second and time left: as a bar, or line by line."""
+    """Shows a stage's steps, metrics, examples per second and time left: as a bar, or line by line.
+
+    Metrics of held-out data are always lines.
+    """
 
     def __init__(self, label: str, chain: ChainProgress) -> None:
         self.label = label
@@ -159,6 +164,9 @@ class StageProgress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        if any(name.startswith("eval_") for name in logs):
+            self._log_held_out(state, logs)
             return
         digits = 4 if self.chain.live is None else 3  # in a terminal, all of them fit 80 columns
         shown = [
@@ -180,6 +188,17 @@ class StageProgress(TrainerCallback):
             shown.append(f"chain {duration(seconds)} left")
         text = "  ".join(shown)
         logger.info("%s step %d/%d  %s", self.label, state.global_step, state.max_steps, text)
+
+    def _log_held_out(self, state: Any, logs: Mapping[str, Any]) -> None:
+        """Log an evaluation on the held-out data, as a line in a terminal too."""
+        shown = [
+            f"{label} {logs[f'eval_{name}']:.4g}"
+            for name, label in _HELD_OUT.items()
+            if f"eval_{name}" in logs
+        ]
+        if shown:
+            step, steps, text = state.global_step, state.max_steps, ", ".join(shown)
+            logger.info("%s held-out at step %d/%d: %s", self.label, step, steps, text)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.chain.phase("saving")

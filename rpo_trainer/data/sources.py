@@ -9,7 +9,6 @@ import difflib
 import gzip
 import json
 import os
-import re
 import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from rpo_trainer.data.tasks import load_task
 from rpo_trainer.errors import DataError, first_line
 from rpo_trainer.runtime.file_errors import UNREADABLE
 from rpo_trainer.runtime.files import kind_of_file
+from rpo_trainer.runtime.hub_access import hub_answers, is_hub_name, no_answer_reason
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe.schema import SourceSpec
@@ -74,10 +74,10 @@ def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource
     if os.path.exists(local):
         return _load_file(local, spec.split)
     if _may_be_hub_name(spec.path):
-        return _indexed(spec.path, _read_hub(spec.path, spec.split), spec.path, arrow=True)
-    near = _near(local)
+        rows = _read_hub(spec.path, spec.split, _or_near(local))
+        return _indexed(spec.path, rows, spec.path, arrow=True)
     raise DataError(
-        f"no such file; did you mean `{near}`?" if near else "no such file",
+        f"no such file{_or_near(local)}",
         code="data.no-such-file",
         where=str(local),
         fix="write a path relative to "
@@ -112,6 +112,12 @@ def _near(path: Path) -> str | None:
     stems = {name.split(".")[0]: name for name in names}
     near = difflib.get_close_matches(path.name.split(".")[0], stems, n=1, cutoff=0.75)
     return stems[near[0]] if near else None
+
+
+def _or_near(path: Path) -> str:
+    """Return a question about the most similar file, to follow the error, or an empty text."""
+    near = _near(path)
+    return f"; did you mean `{near}`?" if near else ""
 
 
 def _indexed(
@@ -313,20 +319,39 @@ def _rows_of(data: Any, split: str | None, where: str) -> list[dict[str, Any]]:
 
 def _may_be_hub_name(path: str) -> bool:
     named_file = any(path.endswith(suffix) for suffix in (*SUFFIXES, ".gz", ".txt", ".tsv"))
-    return not named_file and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path, re.ASCII) is not None
+    return not named_file and is_hub_name(path)
 
 
-def _read_hub(name: str, split: str | None) -> list[dict[str, Any]]:
+def _read_hub(name: str, split: str | None, near: str) -> list[dict[str, Any]]:
     import datasets
 
+    # Without an answer, `load_dataset` retries for 25 s before it reads its cache.
+    if not hub_answers(name, "dataset") and not _is_prepared(name):
+        raise DataError(
+            f"neither a local file nor a data set in the cache, and {no_answer_reason()}{near}",
+            code="data.no-such-data-set",
+            where=name,
+            fix="check the path (relative to the recipe); for a data set on the hub, load it once with "
+            "network access, which fills the cache that is used offline",
+        )
     try:
         data = datasets.load_dataset(name, split=split, trust_remote_code=False)
     except Exception as error:
         raise DataError(
-            f"neither a file nor a data set on the hub ({first_line(error)})",
+            f"neither a file nor a data set on the hub ({first_line(error)}){near}",
             code="data.no-such-data-set",
             where=name,
             fix="check the path (relative to the recipe), the hub name and the network",
         ) from None
     # With `split`, `load_dataset` returns only that split.
     return _rows_of(data, split if isinstance(data, dict) else None, name)
+
+
+def _is_prepared(name: str) -> bool:
+    """Whether the cache of `datasets` has a data set of the hub, which can be loaded offline."""
+    from datasets import config
+    from datasets.naming import camelcase_to_snakecase
+
+    *owner, own = name.split("/")
+    folder = "___".join([*owner, camelcase_to_snakecase(own)])
+    return any(Path(config.HF_DATASETS_CACHE).expanduser().glob(f"{folder}/*/*/*/"))

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -35,6 +33,7 @@ from rpo_trainer.models.sharding import num_rows
 from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.runtime.file_errors import reads, require_files, require_sizes
 from rpo_trainer.runtime.files import near_directory
+from rpo_trainer.runtime.hub_access import hub_answers, is_cached, is_hub_name, no_answer_reason
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -192,8 +191,9 @@ def load_model_named(
         ModelError: it cannot be loaded completely, from safetensors and without remote code.
     """
     refuse_adapter(name)
+    arguments = dict(settings or {})
+    offline = _offline(name, "model", arguments)
     try:
-        arguments = dict(settings or {})
         source = {key: arguments[key] for key in _OF_A_REPOSITORY if key in arguments}
         config = load_pretrained(AutoConfig, name, **source)
         _refuse_kernel(config, name)
@@ -202,7 +202,8 @@ def load_model_named(
         chosen = arguments.pop("dtype", None) or older or dtype
         model: PreTrainedModel = load_complete(factory, name, dtype=chosen, **arguments)
     except LOADING_ERRORS as error:
-        raise _not_loaded("model", error, name) from error
+        cache_dir = arguments.get("cache_dir")
+        raise _not_loaded("model", error, name, offline=offline, cache_dir=cache_dir) from error
     model._rpo_complete = True  # type: ignore[assignment]
     return model
 
@@ -212,11 +213,24 @@ def load_tokenizer_named(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a name or path that a trainer was given; ModelError if there is none."""
     source = {key: value for key, value in (settings or {}).items() if key in _OF_A_REPOSITORY}
+    offline = _offline(name, "tokenizer", source)
     try:
         tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name, **source)
     except LOADING_ERRORS as error:
-        raise _not_loaded("tokenizer", error, name) from error
+        cache_dir = source.get("cache_dir")
+        raise _not_loaded("tokenizer", error, name, offline=offline, cache_dir=cache_dir) from error
     return tokenizer
+
+
+def _offline(name: str, what: str, settings: dict[str, Any]) -> str | None:
+    """Set `local_files_only` if the hub does not answer, and return the name then; see `_is_available`."""
+    if settings.get("local_files_only"):
+        return None
+    source = {key: settings.get(key) for key in ("revision", "token")}
+    if _is_available(name, Path(name).expanduser(), what, name, **source):
+        return None
+    settings["local_files_only"] = True
+    return name
 
 
 def _refuse_kernel(config: Any, where: str) -> None:
@@ -254,23 +268,44 @@ def saved_config(folder: Path, where: str, *, trust_remote_code: bool = False) -
     return require_sizes(config, where)
 
 
-def _not_loaded(what: str, error: Exception, where: str, *, fix: str | None = None) -> ModelError:
+def _not_loaded(
+    what: str,
+    error: Exception,
+    where: str,
+    *,
+    offline: str | None = None,
+    cache_dir: str | None = None,
+) -> ModelError:
+    """Return the error for a failed load.
+
+    Args:
+        offline: the hub name that only the cache was searched for, because the hub does not answer.
+        cache_dir: the hub's cache; None: the default one.
+    """
     if "trust_remote_code" in str(error):
         return ModelError(
             f"the {what} cannot be loaded: it requires code from its repository",
             code="model.needs-remote-code",
             where=where,
             why="that code would run with your permissions",
-            fix=fix
-            or "use a model that transformers supports itself; or review the code and set "
+            fix="use a model that transformers supports itself; or review the code and set "
             "`trust_remote_code: true` under `model`",
         )
+    reason = first_line(error)
+    fix = "give a directory with the model's files (safetensors), or a hub name"
+    if offline is not None:
+        if not is_cached(offline, "model", cache_dir):
+            reason = f"no such directory, not in the hub's cache, and {no_answer_reason()}"
+        fix = (
+            "give a directory with the model's files (safetensors), or retry with network access; "
+            f"`hf download {offline}` fills the cache that is used offline"
+        )
     return ModelError(
-        f"the {what} cannot be loaded: {first_line(error)}",
+        f"the {what} cannot be loaded: {reason}",
         code="model.cannot-load",
         where=where,
         why=NEEDED,
-        fix=fix or "give a directory with the model's files (safetensors), or a hub name",
+        fix=fix,
     )
 
 
@@ -303,17 +338,10 @@ def _load(
 ) -> Any:
     local = base_dir / Path(name).expanduser()
     where = str(local) if local.exists() else name
-    if not local.exists() and name.startswith((".", "/", "~")):  # never a hub name
-        raise ModelError(
-            f"the {what} cannot be loaded: no such directory{near_directory(local)}",
-            code="model.not-found",
-            where=f"model: {name}",
-            fix="give a directory with the model's files (safetensors), or a hub name",
-        )
     if local.is_dir():
         require_files(local, f"model: {name}")
     revision = spec.revision or "main"
-    known = local.exists() or _hub_answers(name, revision)
+    known = _is_available(name, local, what, f"model: {name}", revision=revision)
     load = load_complete if what == "model" else load_pretrained
     try:
         loaded = load(
@@ -330,20 +358,32 @@ def _load(
     except ModelError as error:
         raise error.at(f"model: {name}") from None
     except LOADING_ERRORS as error:
-        offline = (
-            f"give a directory with the model's files (safetensors), or retry with network "
-            f"access; `hf download {name}` fills the cache that is used offline"
+        raise _not_loaded(what, error, f"model: {name}", offline=None if known else name) from error
+
+
+def _is_available(
+    name: str,
+    local: Path,
+    what: str,
+    where: str,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> bool:
+    """Whether a path exists or the hub answers; otherwise only its cache can be read.
+
+    Without an answer, transformers retries for 45 s before it reads the cache.
+
+    Raises:
+        ModelError: there is no such path, and the name cannot be one of the hub.
+    """
+    if local.exists():
+        return True
+    if not is_hub_name(name):
+        raise ModelError(
+            f"the {what} cannot be loaded: no such directory{near_directory(local)}",
+            code="model.not-found",
+            where=where,
+            fix="give a directory with the model's files (safetensors), or a hub name",
         )
-        fix = None if known else offline
-        raise _not_loaded(what, error, f"model: {name}", fix=fix) from error
-
-
-def _hub_answers(name: str, revision: str) -> bool:
-    """Whether the hub can be reached; transformers would retry for 45 s before it falls back to its cache."""
-    try:
-        HfApi().file_exists(name, "config.json", revision=revision)
-    except (HfHubHTTPError, HFValidationError):
-        return True  # an answer; transformers reports it
-    except Exception:  # no network; the type depends on the hub library's client
-        return False
-    return True
+    return hub_answers(name, "model", revision, token)

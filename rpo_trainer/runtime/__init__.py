@@ -8,6 +8,7 @@ memory          peak memory; freed blocks reused in the next step
 lock_holder     the process that runs in a run directory
 files           atomic writes and digests
 file_errors     library errors about damaged files, as a ModelError
+hub_access      which names can be on the Hugging Face Hub, and whether it answers
 terminal        the console that log lines and progress bars share; lines wrapped at words
 harmless_lines  lines of other libraries that are hidden, by logger and text
 json_records    dataclasses in JSON files, with type checks

@@ -71,7 +71,7 @@ from rpo_trainer.trainers.guards import BeforeUpdate, StepGuard
 from rpo_trainer.trainers.loaders import eval_loader, train_loader
 from rpo_trainer.trainers.metrics import Metrics, MetricSums
 from rpo_trainer.trainers.noise import disable_noise, log_noise
-from rpo_trainer.trainers.outputs import OutputWriter
+from rpo_trainer.trainers.outputs import OutputWriter, not_left_empty
 from rpo_trainer.trainers.router_term import NAME as ROUTER_AUX
 from rpo_trainer.trainers.router_term import RouterTerm, router_term
 from rpo_trainer.trainers.step_result import StepOutputs, StepResult
@@ -130,26 +130,29 @@ class BaseTrainer(Trainer):
         )  # fmt: skip
         self.data.require_best_metric(model, args, self.metric_names)
         use_cache = getattr(transformers_model(model).config, "use_cache", None)
-        with fault_tolerant_callbacks(args) as trackers:
-            super().__init__(
-                model=model,
-                args=args,
-                data_collator=PackingCollator("padded", 0),  # type: ignore[arg-type]  # replaced below
-                train_dataset=self.data.train,
-                eval_dataset=self.data.evaluation,
-                processing_class=tokenizer,
-                callbacks=[*trackers, *(callbacks or [])],
-                optimizers=optimizers,
-                optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        output_dir = Path(str(args.output_dir))
+        with not_left_empty(output_dir):
+            with fault_tolerant_callbacks(args) as trackers:
+                super().__init__(
+                    model=model,
+                    args=args,
+                    data_collator=PackingCollator("padded", 0),  # type: ignore[arg-type]  # replaced below
+                    train_dataset=self.data.train,
+                    eval_dataset=self.data.evaluation,
+                    processing_class=tokenizer,
+                    callbacks=[*trackers, *(callbacks or [])],
+                    optimizers=optimizers,
+                    optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+                )
+            self.engine = Engine(self.model, args, self.accelerator, self._run_guards)
+            self.add_callback(BeforeUpdate(self.engine.before_optimizer_step))
+            self.output = OutputWriter(
+                self.model, tokenizer, self.data.train, output_dir, use_cache
             )
         self.neftune_noise_alpha = None  # transformers' noise treats a packed row as one example
         # The loss is already divided by the counts of the entire accumulated global batch.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.engine = Engine(self.model, args, self.accelerator, self._run_guards)
-        self.add_callback(BeforeUpdate(self.engine.before_optimizer_step))
-        output_dir = Path(str(args.output_dir))
-        self.output = OutputWriter(self.model, tokenizer, self.data.train, output_dir, use_cache)
         self.checkpoints = Checkpoints(args, self.accelerator)
         self.layout: Layout = "shared" if args.layout == "auto" else args.layout  # type: ignore[assignment]
         self.router: RouterTerm | None = None
@@ -289,6 +292,7 @@ class BaseTrainer(Trainer):
         resume = self.checkpoints.to_resume(
             self.args.resume_from_checkpoint if wanted is None else wanted
         )
+        self._make_output_dir()
         self._flops_per_token = setup.flops_per_token(self.model)
         setup.note_defaults(self.args)
         self.output.written.remember()
@@ -481,6 +485,11 @@ class BaseTrainer(Trainer):
 
     # --- checkpoints and outputs ---
 
+    def _make_output_dir(self) -> None:
+        """Create the output directory, which methods of transformers and callbacks expect."""
+        if self.args.should_save:
+            Path(str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         output = Path(super()._get_output_dir(trial))
         with self.checkpoints.staged(output, self.state):
@@ -512,7 +521,18 @@ class BaseTrainer(Trainer):
         """Create the model card of `transformers.Trainer`, with TRL's name for `dataset`."""
         if dataset_name is not None:
             kwargs["dataset"] = dataset_name
+        self._make_output_dir()
         super().create_model_card(*args, **kwargs)
+
+    def save_metrics(self, *args: Any, **kwargs: Any) -> None:
+        """Save metrics as transformers does."""
+        self._make_output_dir()
+        super().save_metrics(*args, **kwargs)
+
+    def save_state(self) -> None:
+        """Save the state as transformers does."""
+        self._make_output_dir()
+        super().save_state()
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,22 @@ from rpo_trainer.trainers.examples import Examples
 from rpo_trainer.trainers.fits import trained_ends
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def not_left_empty(folder: Path) -> Iterator[None]:
+    """Remove a directory that is created inside the context and is empty at its end.
+
+    transformers creates `output_dir` in the constructor of its trainer, before anything is written. Parents
+    are kept: another process may be creating a directory in them.
+    """
+    existed = folder.exists()
+    try:
+        yield
+    finally:
+        if is_main() and not existed:  # other ranks may see it later than it is created
+            with suppress(OSError):  # not created, or not empty
+                folder.rmdir()
 
 
 class OutputWriter:

@@ -13,13 +13,16 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from rpo_trainer.chain import run_chain
+from rpo_trainer.chain import evaluation, run_chain
 from rpo_trainer.chain.evaluation import baseline_of
+from rpo_trainer.chain.response_figures import response_examples
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError, Problems, RPOTrainerError, RunError
 from rpo_trainer.recipe import expand_stages, load_recipe
 from rpo_trainer.report import build_report, status_view
 from rpo_trainer.report.collect import collect_run
+from rpo_trainer.step.layout_probe import probe_on_all_ranks
+from rpo_trainer.step.reference import dataset_logprobs
 from tests.chain import tiny
 from tests.raising import raises
 from tests.rewards.server import Answer, serving
@@ -451,3 +454,45 @@ def test_what_is_damaged_is_made_again(
     assert len(warned) == len(harmed)
     assert all(any(path.name in text for text in warned) for path in harmed)
     assert tiny.records(run_dir)["rpo-2"]["eval"] == before
+
+
+def test_a_policy_is_probed_once_and_dropped_samples_are_not_tokenized(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples, pairs and rows of the stage and of its baseline, which is a stage as well."""
+    probed: list[int] = []
+    lengths: list[int] = []
+    tokenized: list[int] = []
+
+    def probe(policy: Any, *, longest: int, **settings: Any) -> Any:
+        probed.append(longest)
+        return probe_on_all_ranks(policy, longest=longest, **settings)
+
+    def compute(policy: Any, examples: Any, **settings: Any) -> Any:
+        lengths.append(
+            max(len(e["prompt_ids"]) + max(map(len, e["response_ids"])) for e in examples)
+        )
+        return dataset_logprobs(policy, examples, **settings)
+
+    def tokenize(rows: Any, answers: Any, tokenizer: Any) -> Any:
+        tokenized.append(len(rows))
+        return response_examples(rows, answers, tokenizer)
+
+    monkeypatch.setattr(evaluation, "probe_on_all_ranks", probe)
+    monkeypatch.setattr(evaluation, "dataset_logprobs", compute)
+    monkeypatch.setattr(evaluation, "response_examples", tokenize)
+    shutil.copytree(measured.parent, tmp_path / "again")
+    run_dir = tmp_path / "again" / "run"
+    shutil.rmtree(run_dir / "evaluation")
+    state = run_dir / "chain.json"
+    content = json.loads(state.read_text())
+    before = content["stages"][-1].pop("eval")
+    del content["digest"]
+    content["stages"][-1]["state"] = "running"
+    state.write_text(json.dumps(content))
+    run_chain(load_recipe(tmp_path / "again" / "recipe.yaml"), run_dir)
+    assert tiny.records(run_dir)["rpo-2"]["eval"] == before
+    assert before["baseline"] == "general" and before["nll_by_source"] and before["preferences"]
+    assert tokenized == [5]
+    assert len(lengths) == 5  # samples and pairs of both, rows of the stage
+    assert probed == [max(lengths)] * 2

@@ -19,6 +19,8 @@ from rpo_trainer.runtime import terminal
 
 ARGS = SimpleNamespace(examples_per_step=lambda: 32)
 LOGS = {"loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 0.75, "grad_norm": 1}
+HELD_OUT = {"eval_loss": 0.61234, "eval_rewards/accuracies": 0.75, "eval_runtime": 1, "epoch": 1}
+HELD_OUT_LINE = "[3/6 stage-3] held-out at step 20/40: loss 0.6123, pair accuracy 0.75"
 KINDS = ("sft", "sft", "dpo", "rpo", "rpo", "rpo")
 STAGES: list[Any] = [
     SimpleNamespace(name=f"stage-{n}", kind=kind, max_steps=40, global_batch_size=32)
@@ -68,7 +70,7 @@ def train(callback: StageProgress, clock: Any, first_rank: bool = True) -> None:
         callback.on_step_end(ARGS, state(step, first_rank), None)
         callback.on_step_begin(ARGS, state(step, first_rank), None)
     callback.on_log(ARGS, state(20, first_rank), None, logs=LOGS)
-    callback.on_log(ARGS, state(20, first_rank), None, logs={"eval_loss": 0.5})
+    callback.on_log(ARGS, state(20, first_rank), None, logs=HELD_OUT)
     callback.on_log(ARGS, state(20, first_rank), None, logs={"train_runtime": 1, "loss": 2})
 
 
@@ -83,7 +85,7 @@ def test_without_a_terminal_it_is_plain_lines(caplog: pytest.LogCaptureFixture, 
         "[3/6 stage-3] step 20/40  loss 0.5  gap 0.25  acc 0.75  64 examples/s  00:10 left"
         "  chain 01:10 left"
     )
-    assert caplog.messages == [line]
+    assert caplog.messages == [line, HELD_OUT_LINE]
 
 
 def test_in_a_terminal_it_is_two_bars_that_fit_80_columns(
@@ -104,7 +106,7 @@ def test_in_a_terminal_it_is_two_bars_that_fit_80_columns(
     assert re.fullmatch(r"chain   \S{40,} stage 3/6, 01:10 left", whole)
     assert figures == "loss 0.5  gap 0.25  acc 0.75  64 ex/s"
     assert "step 20/40, 00:10 left" in screen.getvalue()
-    assert caplog.messages == []
+    assert caplog.messages == [HELD_OUT_LINE]
 
 
 @pytest.mark.parametrize("name", ["a", "a-very-long-name-of-a-stage-that-somebody-has-chosen"])
@@ -138,7 +140,7 @@ def test_a_terminal_that_cannot_redraw_gets_lines(
     with redirect_stderr(screen), chain.shown():
         chain.begin(3, "stage-3")
         train(chain.callback("[3/6 stage-3]"), clock)
-    assert len(caplog.messages) == 1 and screen.getvalue() == ""
+    assert len(caplog.messages) == 2 and screen.getvalue() == ""
 
 
 def test_lines_of_every_library_go_above_the_bars(clock: Any) -> None:
@@ -229,4 +231,5 @@ def test_a_single_stage_has_one_bar(clock: Any, caplog: pytest.LogCaptureFixture
     chain = ChainProgress(1, TimeLeft(STAGES[:1], {}))
     chain.begin(1, "stage-1")
     train(chain.callback("[1/1 stage-1]"), clock)
-    assert "left" in caplog.text and "chain" not in caplog.messages[-1]
+    assert "left" in caplog.messages[0]
+    assert not any("chain" in message for message in caplog.messages)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from rpo_trainer.data import sources
 from rpo_trainer.data.sources import RawSource, load_source
 from rpo_trainer.errors import DataError
 from tests.raising import raises
@@ -71,6 +72,7 @@ def test_a_hub_name_is_loaded_and_its_failure_is_explained(
         return data if split else datasets.DatasetDict({"train": data})
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
+    monkeypatch.setattr(sources, "hub_answers", lambda *_: True)
     assert load_source(source("someone/data"), tmp_path, 0).rows == ROWS
     assert load_source(source("someone/data", split="test"), tmp_path, 0).rows == ROWS
     assert asked == [("someone/data", None), ("someone/data", "test")]
@@ -79,10 +81,51 @@ def test_a_hub_name_is_loaded_and_its_failure_is_explained(
     assert "no network" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["absent.jsonl", "deep/er/absent", "../absent", "absent.csv"])
-def test_absent_file_is_not_taken_for_a_hub_name(tmp_path: Path, source: Any, name: str) -> None:
+NO_FILES = ["absent.jsonl", "deep/er/absent", "../absent", "absent.csv", "./data/absent", "a b"]
+
+
+@pytest.mark.parametrize("name", NO_FILES)
+def test_absent_file_is_not_taken_for_a_hub_name(
+    tmp_path: Path, source: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def requested(*_: Any) -> bool:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(sources, "hub_answers", requested)
     with raises("data.no-such-file", DataError):
         load_source(source(name), tmp_path, 0)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_hub_that_does_not_answer_is_not_retried(
+    offline: bool, tmp_path: Path, source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`load_dataset` would retry for 25 s; it is called only if its cache has the data set."""
+    import datasets
+    import huggingface_hub
+
+    def fake(name: str, split: str | None, trust_remote_code: bool) -> Any:
+        loaded.append(name)
+        return datasets.Dataset.from_list(ROWS)
+
+    def unreachable(*_: Any, **__: Any) -> bool:
+        raise ConnectionError("no network")
+
+    loaded: list[str] = []
+    monkeypatch.setattr(datasets, "load_dataset", fake)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "file_exists", unreachable)
+    (tmp_path / "my_prefs.jsonl").write_bytes(LINES)
+    for name in ("my_pref", "someone/HelpData"):
+        with raises("data.no-such-data-set", DataError, where=name) as error:
+            load_source(source(name), tmp_path, 0)
+        assert ("HF_HUB_OFFLINE" in error.value.what) is offline
+        assert ("`my_prefs.jsonl`" in error.value.what) is (name == "my_pref")
+    assert loaded == []
+    (tmp_path / "cache" / "someone___help_data" / "default" / "0.0.0" / "hash").mkdir(parents=True)
+    assert load_source(source("someone/HelpData"), tmp_path, 0).rows == ROWS
+    assert loaded == ["someone/HelpData"]
 
 
 def test_task_rows(source: Any) -> None:

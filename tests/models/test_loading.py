@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ from transformers import AutoModelForCausalLM
 
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import ModelError
-from rpo_trainer.models.loading import check_vocabulary, load_model, load_tokenizer, load_weights
+from rpo_trainer.models.loading import (
+    check_vocabulary,
+    load_config,
+    load_model,
+    load_model_named,
+    load_tokenizer,
+    load_tokenizer_named,
+    load_weights,
+)
 from rpo_trainer.recipe import ModelSpec
 from tests.raising import raises
 
@@ -248,25 +257,64 @@ def test_more_tokens_than_embeddings(folder: Path) -> None:
         (ConnectionError("no network"), False), (TimeoutError("too slow"), False),
     ],
 )  # fmt: skip
+@pytest.mark.parametrize("named", [False, True], ids=["recipe", "trainer"])
 def test_without_a_network_only_the_cache_is_read(
-    answer: bool | Exception, asked: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    answer: bool | Exception,
+    asked: bool,
+    named: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """transformers would retry for 45 s before it reads the cache."""
 
-    def file_exists(self: object, name: str, file: str, *, revision: str) -> bool:
+    def file_exists(self: object, name: str, file: str, *, repo_type: str, revision: str) -> bool:
+        assert (name, repo_type, revision) == ("some/model", "model", "v1")
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     def from_pretrained(name: str, **settings: Any) -> Any:
-        given.append((name, settings["revision"], settings["local_files_only"]))
+        given.append((name, settings["revision"], bool(settings.get("local_files_only"))))
         raise OSError("it is not there")
 
     given: list[tuple[str, str, bool]] = []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.file_exists", file_exists)
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", from_pretrained)
-    with raises("model.cannot-load", ModelError, where="model: some/model") as error:
-        load_tokenizer(ModelSpec(name_or_path="some/model", revision="v1"), tmp_path)
-    assert given == [("some/model", "v1", not asked)]
-    assert "tokenizer" in error.value.what and "it is not there" in error.value.what
-    assert ("hf download some/model" in str(error.value)) == (not asked)
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", from_pretrained)
+    spec, settings = ModelSpec(name_or_path="some/model", revision="v1"), {"revision": "v1"}
+    calls: list[Callable[[], Any]] = [
+        lambda: load_tokenizer(spec, tmp_path), lambda: load_config(spec, tmp_path, None, 0)
+    ]  # fmt: skip
+    if named:
+        calls = [
+            lambda: load_tokenizer_named("some/model", settings),
+            lambda: load_model_named("some/model", settings=settings),
+        ]
+    for call, what in zip(calls, ("tokenizer", "model"), strict=True):
+        with raises("model.cannot-load", ModelError) as error:
+            call()
+        assert given.pop() == ("some/model", "v1", not asked) and not given
+        assert str(error.value.where).endswith("some/model") and what in error.value.what
+        assert ("it is not there" in error.value.what) is asked
+        assert ("hf download some/model" in str(error.value)) is not asked
+
+
+@pytest.mark.parametrize("name", ["./runs/absent", "a/b/c", "my model", "~/absent"])
+def test_a_misspelled_path_is_refused_without_the_hub(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def requested(*_: Any) -> bool:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("rpo_trainer.models.loading.hub_answers", requested)
+    spec = ModelSpec(name_or_path=name)
+    calls: list[Callable[[], Any]] = [
+        lambda: load_tokenizer(spec, tmp_path), lambda: load_config(spec, tmp_path, None, 0),
+        lambda: load_tokenizer_named(name), lambda: load_model_named(name),
+    ]  # fmt: skip
+    for call in calls:
+        with raises("model.not-found", ModelError) as error:
+            call()
+        assert str(error.value.where).endswith(name)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rpo_trainer.errors import DataError, ModelError, RecipeError, StepZeroError
-from rpo_trainer.trainers import DPOTrainer, RPOTrainer
+from rpo_trainer.trainers import DPOTrainer, RewardTrainer, RPOTrainer, SFTTrainer
 from rpo_trainer.trainers.examples import Examples
 from tests.raising import raises
 from tests.small_models import make_model
@@ -276,6 +276,39 @@ def test_default_arguments_are_those_of_the_class(start, tokenizer, monkeypatch,
         trainer.train()
     with pytest.raises(ValueError, match="eval_dataset"):
         trainer.evaluate()
+
+
+@pytest.mark.parametrize("kind", [SFTTrainer, DPOTrainer, RPOTrainer, RewardTrainer])
+def test_a_constructor_leaves_no_empty_directory(kind, start, tokenizer, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    kind(copy.deepcopy(start), processing_class=tokenizer)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_there_before_the_constructor_stays(
+    start, tokenizer, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trainer_output").mkdir()
+    DPOTrainer(copy.deepcopy(start), processing_class=tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["trainer_output"]
+
+
+def test_what_is_written_without_training_has_its_directory(start, make_trainer, tmp_path):
+    """Example scripts write metrics and state, which expects the directory."""
+    rows = rows_of("dpo", PAIRS)
+    writers = {
+        "eval_results.json": lambda trainer: trainer.save_metrics("eval", {"eval_loss": 1.0}),
+        "trainer_state.json": lambda trainer: trainer.save_state(),
+        "README.md": lambda trainer: trainer.create_model_card(model_name="m"),
+        "model.safetensors": lambda trainer: trainer.save_model(),
+    }
+    for file, write in writers.items():
+        output = tmp_path / file / "out"
+        trainer = make_trainer("dpo", copy.deepcopy(start), rows, output_dir=str(output))
+        assert not output.exists()
+        write(trainer)
+        assert (output / file).is_file()
 
 
 def test_the_model_stays_a_whole_model(start, make_trainer):
