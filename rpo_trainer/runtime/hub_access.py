@@ -56,7 +56,7 @@ def hub_answers(
     """Whether the hub answers a request about a repository, also if it has none of this name.
 
     The wait is at most that of one request (`HF_HUB_ETAG_TIMEOUT`, 10 s by default), and is logged once per
-    name. With `HF_HUB_OFFLINE` there is no request.
+    name, as is a missing answer. With `HF_HUB_OFFLINE` there is no request.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -69,6 +69,7 @@ def hub_answers(
     except (HfHubHTTPError, HFValidationError):
         return True  # an answer; loading reports it
     except Exception:  # no network; the type depends on the hub library's client
+        _warn_no_answer(name, kind)
         return False
     return True
 
@@ -81,6 +82,14 @@ def _log_request(name: str, kind: RepoKind) -> None:
         "no local file or directory %s: requesting the %s of this name from the Hugging Face Hub "
         "(timeout %d s)",
         name, _TEXT[kind], constants.HF_HUB_ETAG_TIMEOUT,
+    )  # fmt: skip
+
+
+@functools.cache
+def _warn_no_answer(name: str, kind: RepoKind) -> None:
+    logger.warning(
+        "the Hugging Face Hub does not answer; only its local cache is searched for the %s %s",
+        _TEXT[kind], name,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from rpo_trainer.runtime.hub_access import hub_answers, is_hub_name
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The hub's cache, with one model; the hub may be asked."""
     hub_access._log_request.cache_clear()
+    hub_access._warn_no_answer.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache" / "models--data--cached" / "snapshots" / "1234").mkdir(parents=True)
@@ -72,8 +73,9 @@ def test_the_hub_gets_one_request_that_is_logged_once(
     for _ in range(2):
         assert hub_answers("some/data", "dataset", "v1") is answers
     assert requests == [("some/data", "dataset", "v1")] * 2
-    (line,) = caplog.messages
-    assert "some/data" in line and "Hub" in line
+    line, *warnings = caplog.records
+    assert "some/data" in line.message and line.levelname == "INFO"
+    assert [one.levelname for one in warnings] == ([] if answers else ["WARNING"])
 
 
 def test_offline_there_is_no_request(
