@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 
 from rpo_trainer.chain.state import library_versions
 from rpo_trainer.models.adapter_files import is_adapter
-from rpo_trainer.recipe import Recipe, Stage, resolve_path
+from rpo_trainer.recipe import Recipe, Stage, is_local, resolve_path
 from rpo_trainer.recipe.rules.chain import looks_like_path
 from rpo_trainer.recipe.template_kwargs import kwargs_key
 from rpo_trainer.recipe.yaml_document import dump
@@ -116,8 +116,7 @@ def _metadata(final: Path, stage: Stage, recipe: Recipe, base_dir: Path) -> str:
 
 def looks_like_local(name: str, base_dir: Path) -> bool:
     """Whether a model's name is a local directory, which is meaningless on the hub."""
-    path = resolve_path(base_dir, name)
-    return path.exists() or name.startswith((".", "~", "/"))
+    return is_local(name, resolve_path(base_dir, name))
 
 
 def _start(recipe: Recipe, first: Stage) -> str:

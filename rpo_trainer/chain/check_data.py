@@ -12,6 +12,7 @@ from rpo_trainer.errors import ModelError
 from rpo_trainer.models.preload_checks import check_scorer
 from rpo_trainer.recipe import EvalSpec, GenerateSpec, ScoreSpec, Stage
 from rpo_trainer.recipe.rules.chain import looks_like_path
+from rpo_trainer.report.formatting import counted
 from rpo_trainer.rewards.sample import check_room
 from rpo_trainer.stages.inputs import StageInputs, evaluation_of, needs_policy, sampling_spec
 from rpo_trainer.stages.lm_eval_tasks import check_tasks
@@ -19,10 +20,6 @@ from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.settings import check_warmup, steps_of
 
 Row = dict[str, Any]
-
-
-def _count(number: int, word: str) -> str:
-    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 class DataChecks:
@@ -61,7 +58,7 @@ class DataChecks:
         if inputs.train is not None:
             examples = len(inputs.train)
             self.findings.add(
-                f"{_count(examples, 'example')}, {_count(steps_of(stage, examples), 'step')}"
+                f"{counted(examples, 'example')}, {counted(steps_of(stage, examples), 'step')}"
             )
             with self.findings.collected():
                 check_warmup(stage, examples)
@@ -97,7 +94,7 @@ class DataChecks:
         stage = inputs.stage
         self.preparer.prepare_held_out(inputs, tokenize=self.tokenize)
         if (held_out := inputs.held_out) is not None:
-            self.findings.add(_count(len(held_out.examples), "held-out example"))
+            self.findings.add(counted(len(held_out.examples), "held-out example"))
             what = f"the held-out rows of {stage.name}"
             self.findings.add_audit(held_out.audit, what, label="held out: ")
         sampled = needs_policy(stage.data)

@@ -89,6 +89,7 @@ class Evaluation:
         self.scored_rows = scored_rows
         # Log-probs are computed in the dtype of training.
         self.dtype: torch.dtype = getattr(torch, arithmetic(self.recipe.model))
+        self.autocast = self.dtype if self.dtype in (torch.bfloat16, torch.float16) else None
         self._policies: dict[str, Any] = {}
         self._layouts: dict[str, tuple[Layout, Head]] = {}  # by policy
         self._longest = 0  # tokens of the longest held-out pair or row of the stage
@@ -379,8 +380,8 @@ class Evaluation:
         if all(value is not None for row in known for value in row):
             return known  # type: ignore[return-value]
         policy = self._policy(source)
-        half = self.dtype in (torch.bfloat16, torch.float16)
         layout = self._install(source, policy, max(self._longest, _longest(examples)))
+        half = self.autocast is not None
         precision = torch.autocast(distributed.device().type, self.dtype) if half else nullcontext()
         try:
             with precision:
@@ -402,10 +403,7 @@ class Evaluation:
             layout, head = self._layouts[source]
             install(policy, layout=layout, head=head)
             return layout
-        half = self.dtype in (torch.bfloat16, torch.float16)
-        self._layouts[source] = probe_on_all_ranks(
-            policy, longest=longest, autocast=self.dtype if half else None
-        )
+        self._layouts[source] = probe_on_all_ranks(policy, longest=longest, autocast=self.autocast)
         return self._layouts[source][0]
 
 

@@ -27,6 +27,7 @@ from rpo_trainer.recipe import (
     ScoreSpec,
     SourceSpec,
     Stage,
+    is_local,
     resolve_path,
 )
 from rpo_trainer.runtime.files import known_digest
@@ -122,13 +123,13 @@ class InputFiles:
         self, key: str, name: str, reach: Reach, revision: str | None = None
     ) -> Iterator[Input]:
         folder = resolve_path(self.base_dir, name)
-        if _is_local(name, folder):
+        if is_local(name, folder):
             yield Input(key, name, folder, reach)
         else:
             yield Input(key, name, None, reach, name, revision)
         if reach == "model" and folder.is_dir() and is_adapter(folder):
             base, label = base_of(folder), f"{name}, base {base_of(folder)}"
-            if _is_local(base, Path(base)):
+            if is_local(base, Path(base)):
                 yield Input(key, label, Path(base), reach)
             else:
                 yield Input(key, label, None, reach, base)
@@ -150,7 +151,7 @@ class InputFiles:
             if source.path is None:
                 continue
             path = resolve_path(self.base_dir, source.path)
-            if _is_local(source.path, path):
+            if is_local(source.path, path):
                 yield Input(f"{key}.{number}", source.path, path)
             else:
                 yield Input(f"{key}.{number}", source.path, None, repo=source.path, kind="dataset")
@@ -180,10 +181,6 @@ class InputFiles:
 
     def _file(self, key: str, name: str) -> Input:
         return Input(key, name, resolve_path(self.base_dir, name))
-
-
-def _is_local(name: str, path: Path) -> bool:
-    return path.exists() or name.startswith((".", "/", "~"))
 
 
 class Digests:

@@ -12,6 +12,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from rpo_trainer.errors import RunError
+from rpo_trainer.plan.disk import existing
 from rpo_trainer.runtime.files import (
     atomic_write,
     make_folder,
@@ -57,9 +58,7 @@ def check_run_dir(run_dir: Path) -> None:
 
 def check_writable(run_dir: Path) -> None:
     """Raise RunError if the run directory cannot be written, or cannot be created."""
-    folder = run_dir.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    folder = existing(run_dir)
     if not folder.is_dir():
         raise _unusable("written", NotADirectoryError(f"{folder} is a file"), run_dir)
     if not os.access(folder, os.W_OK | os.X_OK):

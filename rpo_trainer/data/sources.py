@@ -74,7 +74,7 @@ def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource
     if os.path.exists(local):
         return _load_file(local, spec.split)
     if _may_be_hub_name(spec.path):
-        rows = _read_hub(spec.path, spec.split, _or_near(local))
+        rows = _read_hub(spec.path, spec.split, local)
         return _indexed(spec.path, rows, spec.path, arrow=True)
     raise DataError(
         f"no such file{_or_near(local)}",
@@ -102,22 +102,16 @@ def _require_file(path: Path) -> None:
         )
 
 
-def _near(path: Path) -> str | None:
-    """Return the file of the same directory with the most similar name."""
+def _or_near(path: Path) -> str:
+    """Return "; did you mean `x`?" for the file next to `path` with the most similar name, or ""."""
     try:
         names = [name for name in os.listdir(path.parent) if name.endswith(SUFFIXES)]
     except (OSError, ValueError):
-        return None
+        return ""
     # Compare stems: a common suffix does not make names similar.
     stems = {name.split(".")[0]: name for name in names}
     near = difflib.get_close_matches(path.name.split(".")[0], stems, n=1, cutoff=0.75)
-    return stems[near[0]] if near else None
-
-
-def _or_near(path: Path) -> str:
-    """Return a question about the most similar file, to follow the error, or an empty text."""
-    near = _near(path)
-    return f"; did you mean `{near}`?" if near else ""
+    return f"; did you mean `{stems[near[0]]}`?" if near else ""
 
 
 def _indexed(
@@ -322,13 +316,13 @@ def _may_be_hub_name(path: str) -> bool:
     return not named_file and is_hub_name(path)
 
 
-def _read_hub(name: str, split: str | None, near: str) -> list[dict[str, Any]]:
+def _read_hub(name: str, split: str | None, local: Path) -> list[dict[str, Any]]:
     import datasets
 
     # Without an answer, `load_dataset` retries for 25 s before it reads its cache.
     if not hub_answers(name, "dataset") and not _is_prepared(name):
         raise DataError(
-            f"neither a local file nor a data set in the cache, and {no_answer_reason()}{near}",
+            f"neither a local file nor a data set in the cache, and {no_answer_reason()}{_or_near(local)}",
             code="data.no-such-data-set",
             where=name,
             fix="check the path (relative to the recipe); for a data set on the hub, load it once with "
@@ -338,7 +332,7 @@ def _read_hub(name: str, split: str | None, near: str) -> list[dict[str, Any]]:
         data = datasets.load_dataset(name, split=split, trust_remote_code=False)
     except Exception as error:
         raise DataError(
-            f"neither a file nor a data set on the hub ({first_line(error)}){near}",
+            f"neither a file nor a data set on the hub ({first_line(error)}){_or_near(local)}",
             code="data.no-such-data-set",
             where=name,
             fix="check the path (relative to the recipe), the hub name and the network",

@@ -294,7 +294,7 @@ def _not_loaded(
     reason = first_line(error)
     fix = "give a directory with the model's files (safetensors), or a hub name"
     if offline is not None:
-        if not is_cached(offline, "model", cache_dir):
+        if not is_cached(offline, cache_dir):
             reason = f"no such directory, not in the hub's cache, and {no_answer_reason()}"
         fix = (
             "give a directory with the model's files (safetensors), or retry with network access; "

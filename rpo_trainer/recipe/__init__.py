@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from rpo_trainer.recipe.environment import fill_from_environment
 from rpo_trainer.recipe.expand import dump_resolved, expand_stages
-from rpo_trainer.recipe.load import LoadedRecipe, load_recipe, resolve_path
+from rpo_trainer.recipe.load import LoadedRecipe, is_local, load_recipe, resolve_path
 from rpo_trainer.recipe.schema import (
     DataSpec,
     DPOStage,
@@ -71,6 +71,7 @@ __all__ = [
     "dump_resolved",
     "expand_stages",
     "fill_from_environment",
+    "is_local",
     "json_schema",
     "load_recipe",
     "resolve_path",

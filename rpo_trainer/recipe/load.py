@@ -80,6 +80,16 @@ def resolve_path(base_dir: str | Path, path: str | Path) -> Path:
     return Path(base_dir) / Path(path).expanduser()
 
 
+def is_local(name: str, path: Path) -> bool:
+    """Whether a model or data set is a file or directory, also a missing one, and not on the hub.
+
+    Args:
+        name: as it is in the recipe.
+        path: the path that it would have, see `resolve_path`.
+    """
+    return path.exists() or name.startswith((".", "/", "~"))
+
+
 def _read(path: Path) -> str:
     """Return the text of the file, without a byte-order mark."""
     where = str(path)

@@ -19,6 +19,7 @@ from ruamel.yaml.error import YAMLError
 
 from rpo_trainer.errors import RunError
 from rpo_trainer.recipe.rules.chain import PREFERENCE_KINDS
+from rpo_trainer.report.formatting import counted
 from rpo_trainer.report.scores import Agreement, EvalScores, read_agreement, read_scores
 from rpo_trainer.runtime.files import digest_path, json_digest, verify_digest
 from rpo_trainer.runtime.json_records import JsonRecord
@@ -310,7 +311,7 @@ def _read_lines(path: Path, notes: list[str], optional: bool = False) -> list[di
             bad += 1
     if bad:
         place = f"{path.parent.name}/{path.name}" if optional else path.name
-        notes.append(f"{place}: {bad} line{'s' if bad > 1 else ''} could not be read")
+        notes.append(f"{place}: {counted(bad, 'line')} could not be read")
     return rows
 
 

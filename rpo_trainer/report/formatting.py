@@ -36,3 +36,8 @@ def size(number_of_bytes: int | None) -> str:
         return "–"
     mib = number_of_bytes / 2**20
     return f"{mib:,.0f} MiB" if mib < 1024 else f"{mib / 1024:,.1f} GiB"
+
+
+def counted(number: int, noun: str) -> str:
+    """Format a number of things: `1 step`, `2 steps`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

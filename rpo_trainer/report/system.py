@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rpo_trainer.report.collect import RunResults
-from rpo_trainer.report.formatting import duration, size
+from rpo_trainer.report.formatting import counted, duration, size
 from rpo_trainer.stages.record import SystemRecord
 
 
@@ -45,10 +45,8 @@ def totals(run: RunResults) -> list[tuple[str, str]]:
 
 def _entries(system: SystemRecord) -> dict[str, str]:
     devices = [f"{count} × {name}" for name, count in system.devices.items()]
-    cores = f"{system.cores} core{'s' if system.cores != 1 else ''}" if system.cores else ""
-    threads = (
-        f"{system.threads} thread{'s' if system.threads != 1 else ''}" if system.threads else ""
-    )
+    cores = counted(system.cores, "core") if system.cores else ""
+    threads = counted(system.threads, "thread") if system.threads else ""
     shown = {
         "devices": ", ".join(devices),
         "CPU per process": ", ".join(filter(None, (cores, threads))),

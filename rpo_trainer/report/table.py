@@ -10,8 +10,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from rpo_trainer.report.collect import RunResults, StageResults, collect_run
-from rpo_trainer.report.formatting import duration, short, size
+from rpo_trainer.report.collect import Curve, RunResults, StageResults, collect_run
+from rpo_trainer.report.formatting import counted, duration, short, size
 from rpo_trainer.report.scores import EvalScores, Measure, one_measure
 
 # Response figures: key, head, short head, digits.
@@ -36,7 +36,21 @@ OWN_PAIRS = {
         "eval_rewards/accuracies",
     ),
 }
-_TRAINING_KEYS = {"loss", "gap", "preferred", "chosen_delta"}  # see `_of_training`
+# Training metrics, for runs without held-out data: key → head, short head, curve of a stage.
+_OF_TRAINING: dict[str, tuple[str, str, Callable[[StageResults], Curve]]] = {
+    "loss": ("training loss, end", "loss", lambda stage: stage.curve("loss")),
+    "gap": ("implicit reward gap, end", "gap", lambda stage: stage.curve("rewards/margins")),
+    "preferred": (
+        "pair accuracy in training, end",
+        "pair\naccuracy",
+        lambda stage: stage.curve("rewards/accuracies"),
+    ),
+    "chosen_delta": (
+        "log-prob change of chosen",
+        "Δchosen,\nnats",
+        lambda stage: stage.delta("chosen"),
+    ),
+}
 _TERMINAL = 80
 # Columns that are left out first if the table is too wide.
 _LEAST = ("memory", "exact\ngreedy", "reward\ngreedy", "exact\nsampled", "time")
@@ -137,9 +151,7 @@ def status_view(run: RunResults) -> Group:
         for name, warning in given[-_SHOWN_WARNINGS:]
     ]
     if left := len(given) - len(lines):
-        lines.insert(
-            0, Text(f"{left} earlier warning{'s' if left > 1 else ''} (see rpo-trainer report)")
-        )
+        lines.insert(0, Text(f"{counted(left, 'earlier warning')} (see rpo-trainer report)"))
     return Group(_table(run), *([Text()] if lines else []), *lines)
 
 
@@ -179,7 +191,7 @@ def _origin(columns: Sequence[Column]) -> str | None:
     keys = {column.key for column in columns}
     if keys & OWN_PAIRS.keys():
         return "gap: implicit reward; gap and pair accuracy on each stage's own held-out pairs"
-    if keys & _TRAINING_KEYS:
+    if keys & _OF_TRAINING.keys():
         return "no held-out figures: training metrics at the end of each stage"
     return None
 
@@ -291,30 +303,16 @@ def own_measure(stage: StageResults, metric: str) -> Measure | None:
 
 def _of_training(stages: Sequence[StageResults]) -> list[Column]:
     """Return training metrics at the end of each stage, for runs without held-out data."""
-    curves = [
-        ("loss", "training loss, end", "loss", [stage.curve("loss") for stage in stages]),
-        (
-            "gap",
-            "implicit reward gap, end",
-            "gap",
-            [stage.curve("rewards/margins") for stage in stages],
-        ),
-        (
-            "preferred",
-            "pair accuracy in training, end",
-            "pair\naccuracy",
-            [stage.curve("rewards/accuracies") for stage in stages],
-        ),
-        (
-            "chosen_delta",
-            "log-prob change of chosen",
-            "Δchosen,\nnats",
-            [x.delta("chosen") for x in stages],
-        ),
-    ]
     return [
-        _measures(key, head, brief, [Measure(c.end()) if c else None for c in found], 3, best=None)
-        for key, head, brief, found in curves
+        _measures(
+            key,
+            head,
+            brief,
+            [Measure(c.end()) if (c := curve(stage)) else None for stage in stages],
+            3,
+            best=None,
+        )
+        for key, (head, brief, curve) in _OF_TRAINING.items()
     ]
 
 

@@ -30,24 +30,18 @@ def is_hub_name(name: str) -> bool:
     return name.isascii()
 
 
-def is_cached(name: str, kind: RepoKind, cache_dir: str | Path | None = None) -> bool:
-    """Whether the hub's cache has files of a repository.
+def is_cached(name: str, cache_dir: str | Path | None = None) -> bool:
+    """Whether the hub's cache has files of a model.
 
     Args:
         cache_dir: the cache; None: the default one.
     """
     from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
 
-    folder = "--".join([f"{kind}s", *name.split("/")])
+    folder = repo_folder_name(repo_id=name, repo_type="model")
     snapshots = Path(cache_dir or constants.HF_HUB_CACHE).expanduser() / folder / "snapshots"
     return snapshots.is_dir() and any(snapshots.iterdir())
-
-
-def is_offline() -> bool:
-    """Whether `HF_HUB_OFFLINE` forbids requests to the hub."""
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)
 
 
 def hub_answers(
@@ -58,10 +52,10 @@ def hub_answers(
     The wait is at most that of one request (`HF_HUB_ETAG_TIMEOUT`, 10 s by default), and is logged once per
     name, as is a missing answer. With `HF_HUB_OFFLINE` there is no request.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    if is_offline():
+    if is_offline_mode():
         return False
     _log_request(name, kind)
     try:
@@ -95,4 +89,6 @@ def _warn_no_answer(name: str, kind: RepoKind) -> None:
 
 def no_answer_reason() -> str:
     """Return why the hub does not answer, to follow a semicolon."""
-    return "HF_HUB_OFFLINE is set" if is_offline() else "the hub cannot be reached"
+    from huggingface_hub import is_offline_mode
+
+    return "HF_HUB_OFFLINE is set" if is_offline_mode() else "the hub cannot be reached"

@@ -17,7 +17,7 @@ from rpo_trainer.data.duplicates import prompt_key
 from rpo_trainer.data.rows import Row
 from rpo_trainer.data.sources import load_source
 from rpo_trainer.errors import DataError, RecipeError
-from rpo_trainer.recipe import ModelSpec, Recipe, SourceSpec
+from rpo_trainer.recipe import ModelSpec, Recipe, SourceSpec, is_local
 from rpo_trainer.recipe.convert.draft import Draft
 from rpo_trainer.recipe.convert.paths import Paths
 from rpo_trainer.recipe.yaml_document import Key, parse
@@ -237,7 +237,7 @@ def _put_model(
 ) -> tuple[PreTrainedTokenizerBase | None, int | None]:
     """Put `model`; return the tokenizer and the context length (tokens) of a local model."""
     folder = Path(model).expanduser()
-    if folder.is_file() or (not folder.exists() and model.startswith((".", "/", "~"))):
+    if not folder.is_dir() and is_local(model, folder):
         what = "this is a file, not a directory" if folder.is_file() else "no such directory"
         raise RecipeError(
             f"{what}{near_directory(folder)}",

@@ -431,17 +431,23 @@ def test_a_baseline_that_is_not_there_is_found_by_check(tmp_path: Path) -> None:
     assert str(tmp_path / "no") in str(problem.where)
 
 
+def _without_last_evaluation(run_dir: Path) -> dict[str, Any]:
+    """Set the last stage back to before its evaluation, whose record is returned."""
+    state = run_dir / "chain.json"
+    content = json.loads(state.read_text())
+    before: dict[str, Any] = content["stages"][-1].pop("eval")
+    del content["digest"]
+    content["stages"][-1]["state"] = "running"
+    state.write_text(json.dumps(content))
+    return before
+
+
 def test_what_is_damaged_is_made_again(
     measured: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(measured.parent, tmp_path / "again")
     run_dir = tmp_path / "again" / "run"
-    state = run_dir / "chain.json"
-    content = json.loads(state.read_text())
-    before = content["stages"][-1].pop("eval")
-    del content["digest"]
-    content["stages"][-1]["state"] = "running"
-    state.write_text(json.dumps(content))
+    before = _without_last_evaluation(run_dir)
     harmed = [*(run_dir / "evaluation").glob("*.jsonl")]
     kinds = {path.name.partition("-")[0] for path in harmed}
     assert kinds == {"responses", "rewards"}
@@ -484,12 +490,7 @@ def test_a_policy_is_probed_once_and_dropped_samples_are_not_tokenized(
     shutil.copytree(measured.parent, tmp_path / "again")
     run_dir = tmp_path / "again" / "run"
     shutil.rmtree(run_dir / "evaluation")
-    state = run_dir / "chain.json"
-    content = json.loads(state.read_text())
-    before = content["stages"][-1].pop("eval")
-    del content["digest"]
-    content["stages"][-1]["state"] = "running"
-    state.write_text(json.dumps(content))
+    before = _without_last_evaluation(run_dir)
     run_chain(load_recipe(tmp_path / "again" / "recipe.yaml"), run_dir)
     assert tiny.records(run_dir)["rpo-2"]["eval"] == before
     assert before["baseline"] == "general" and before["nll_by_source"] and before["preferences"]

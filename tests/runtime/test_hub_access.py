@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -15,15 +14,11 @@ from rpo_trainer.runtime.hub_access import hub_answers, is_hub_name
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The hub's cache, with one model; the hub may be asked."""
+def online(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests to the hub are allowed, and nothing has been logged yet."""
     hub_access._log_request.cache_clear()
     hub_access._warn_no_answer.cache_clear()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "cache" / "models--data--cached" / "snapshots" / "1234").mkdir(parents=True)
-    (tmp_path / "cache" / "models--data--refused" / ".no_exist").mkdir(parents=True)
-    return tmp_path / "cache"
 
 
 @pytest.mark.parametrize(
@@ -57,7 +52,7 @@ class Refused(HfHubHTTPError):
 def test_the_hub_gets_one_request_that_is_logged_once(
     answer: bool | Exception,
     answers: bool,
-    cache: Path,
+    online: None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -79,7 +74,7 @@ def test_the_hub_gets_one_request_that_is_logged_once(
 
 
 def test_offline_there_is_no_request(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    online: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def file_exists(*_: Any, **__: Any) -> bool:
         raise AssertionError("requested")
