@@ -37,7 +37,7 @@ def check_recipe(
     Raises:
         Problems: all errors found.
     """
-    preparer, findings = preparer or StagePreparer(loaded), Findings()
+    preparer, findings = preparer or StagePreparer(loaded, run_dir), Findings()
     models = ModelChecks(preparer, findings)
     data = DataChecks(preparer, findings, models)
     stages = [stage for stage in preparer.stages if only is None or stage.name in only]

@@ -18,6 +18,7 @@ from rpo_trainer.stages.inputs import StageInputs, evaluation_of, needs_policy, 
 from rpo_trainer.stages.lm_eval_tasks import check_tasks
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.settings import check_warmup, steps_of
+from rpo_trainer.trainers.examples import Examples
 
 Row = dict[str, Any]
 
@@ -50,11 +51,9 @@ class DataChecks:
     # --- training data ---
 
     def _check_rows(self, stage: Stage) -> None:
-        audit, rows = Audit(), None
         if stage.data.score is not None:
-            rows = self.preparer.given_rows(stage, audit)
-            self._check_stage_scorer(stage, rows)
-        inputs = self.preparer.prepare(stage, file_rows=rows, audit=audit, tokenize=self.tokenize)
+            self._check_stage_scorer(stage, self.preparer.given_rows(stage, Audit()))
+        inputs = self.preparer.prepare(stage) if self.tokenize else self.preparer.rows_of(stage)
         if inputs.train is not None:
             examples = len(inputs.train)
             self.findings.add(
@@ -62,8 +61,8 @@ class DataChecks:
             )
             with self.findings.collected():
                 check_warmup(stage, examples)
-            self.responses[stage.name] = sum(map(len, inputs.train["response_ids"]))
-        self._check_held_out(inputs)
+            self.responses[stage.name] = int(Examples(inputs.train).response_counts().sum())
+        self._add_audits(inputs)
 
     def _check_prompts(self, stage: Stage) -> None:
         inputs = self.preparer.prepare(stage)
@@ -71,12 +70,12 @@ class DataChecks:
             self.findings.add(f"uses the responses of stage {stage.data.responses_from}")
         else:
             self._check_sampling(stage, inputs)
-        self._check_held_out(inputs)
+        self._add_audits(inputs)
 
     def _check_sampling(self, stage: Stage, inputs: StageInputs) -> None:
         """Check the scorer, the policies, and that prompt and response fit the context."""
-        held = inputs.set_aside or []  # they are sampled and scored like the others
-        rows, spec = inputs.rows + held, sampling_spec(stage.data, self.preparer.stages).generate
+        held = inputs.held_out_prompts or []  # they are sampled and scored like the others
+        rows, spec = inputs.prompts + held, sampling_spec(stage.data, self.preparer.stages).generate
         self._check_stage_scorer(stage, [{**row, "responses": ["", ""]} for row in rows])
         assert spec is not None  # the schema
         where = f"stages.{stage.name}.data.generate"
@@ -89,10 +88,8 @@ class DataChecks:
         counted = f"{len(rows)} prompts" + (f" ({len(held)} held out)" if held else "")
         self.findings.add(f"{counted}; responses are sampled from {', '.join(policies)}")
 
-    def _check_held_out(self, inputs: StageInputs) -> None:
-        """Check the held-out rows of the stage, and that none of their prompts is trained on."""
+    def _add_audits(self, inputs: StageInputs) -> None:
         stage = inputs.stage
-        self.preparer.prepare_held_out(inputs, tokenize=self.tokenize)
         if (held_out := inputs.held_out) is not None:
             self.findings.add(counted(len(held_out.examples), "held-out example"))
             what = f"the held-out rows of {stage.name}"
@@ -145,7 +142,7 @@ class DataChecks:
         new = part not in self._evaluated
         with self.findings.collected(part):
             audit = Audit()
-            rows = self.preparer.evaluation_prompts(spec, audit) if spec.data else []
+            rows = self.preparer.evaluation_rows(spec, "data", audit) if spec.data else []
             if spec.generate is not None:
                 self._check_room(rows, spec.generate, f"{part}.generate", audit)
             if rows and new:
@@ -158,7 +155,10 @@ class DataChecks:
             with self.findings.collected(part):
                 if getattr(spec, field) and new:
                     audit, what = Audit(), f"{part}.{field}"
-                    self.preparer.evaluation_rows(spec, field, audit, tokenize=self.tokenize)
+                    if self.tokenize:
+                        self.preparer.evaluation_examples(spec, field, audit)
+                    else:
+                        self.preparer.evaluation_rows(spec, field, audit)
                     self.findings.add_audit(audit, f"the rows of {what}", label=f"{what}: ")
         self._evaluated.add(part)
         with self.findings.collected(part):

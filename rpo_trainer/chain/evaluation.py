@@ -189,7 +189,7 @@ class Evaluation:
             before: the baseline if its samples are kept, because it is not a stage; otherwise None.
         """
         assert spec.score is not None  # the schema
-        rows = self.preparer.evaluation_prompts(spec)
+        rows = self.preparer.evaluation_rows(spec, "data")
         scorer = self.scored_rows.scorer(spec.score)
         answers = self._answers(stage.name, rows, spec)
         baseline_answers = None if baseline is None else self._answers(baseline, rows, spec)
@@ -361,7 +361,7 @@ class Evaluation:
     def _examples(self, spec: EvalSpec, field: str, what: str) -> list[Mapping[str, Any]]:
         audit = Audit()
         with distributed.raise_on_all_ranks():
-            examples = self.preparer.evaluation_rows(spec, field, audit)
+            examples = self.preparer.evaluation_examples(spec, field, audit)
         data = f"{field}: {spec.model_dump_json()}"
         if data not in self._logged:  # all stages share the recipe's `eval`
             self._logged.add(data)

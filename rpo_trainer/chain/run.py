@@ -36,7 +36,6 @@ from rpo_trainer.chain.training import (
     train_stage,
     write_gaps,
 )
-from rpo_trainer.data import Audit
 from rpo_trainer.errors import RunError, StepZeroError, StoppedBySignal
 from rpo_trainer.plan.disk import check_disk, raise_if_refused
 from rpo_trainer.recipe import LoadedRecipe, Stage, dump_resolved, fill_from_environment
@@ -45,7 +44,7 @@ from rpo_trainer.runtime.cores import OtherProcesses, limit_threads
 from rpo_trainer.runtime.devices import empty_cache, has_accelerator
 from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.hub import push_output
-from rpo_trainer.stages.inputs import StageInputs
+from rpo_trainer.stages.inputs import StageInputs, source_digests
 from rpo_trainer.stages.output_dtype import needs_exact
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.record import (
@@ -130,7 +129,7 @@ class _Chain:
         self.loaded = loaded
         self.replaced = replaced
         self.run_dir = run_dir
-        self.preparer = StagePreparer(loaded)
+        self.preparer = StagePreparer(loaded, run_dir)
         self.recipe, self.stages = self.preparer.recipe, self.preparer.stages
         self.state = ChainState(run_dir)
         allowed = with_rounds(allow_changed, loaded.recipe.stages)
@@ -146,6 +145,7 @@ class _Chain:
         self.progress = ChainProgress(len(self.stages), self.time_left)
         self.data_log = DataLog()
         self.others = OtherProcesses()
+        self.started = time.time()
 
     def run(self, only: Collection[str] | None) -> Path:
         def finished() -> None:
@@ -170,13 +170,11 @@ class _Chain:
 
         def begin() -> None:
             # All stages are checked before the first one trains, so that an error in the last one is
-            # found at once. Data is therefore prepared twice, for the check and for training, except for
-            # the first stage, whose data stays in memory.
+            # found at once. Their data are prepared here and then found in the store.
             if pending:
                 first, record = wanted[0]
                 if first.name in pending:
                     record.inputs = self.digests.of(self.inputs.of(first))
-                    self.preparer.keep(first)
                 check_recipe(self.loaded, self.run_dir, only=pending, preparer=self.preparer)
             if len(pending) < len(wanted):
                 check_disk(self.preparer, self.run_dir, [stage for stage, _ in wanted], {})
@@ -190,7 +188,7 @@ class _Chain:
                 self.time_left.end(record.name, steps=record.steps, seconds=record.seconds)
         with self.stop.installed(), self.progress.shown():
             self._start_engines([stage for stage, _ in wanted])
-            distributed.on_main(begin)
+            distributed.on_main(begin, timeout=distributed.LONG_TIMEOUT)
             if distributed.is_main() and not has_accelerator():
                 self.others.report()
             for stage, record in wanted:
@@ -263,6 +261,7 @@ class _Chain:
         record.finished = now()
         self._save()
         distributed.on_main(lambda: remove_exact(self.preparer, self.state, self.run_dir))
+        distributed.on_main(lambda: self.preparer.store.collect(self.started))
         took = duration(record.seconds or 0.0)
         logger.info("%s finished in %s", self.preparer.label(stage), took)
         self.time_left.end(stage.name, steps=record.steps, seconds=record.seconds)
@@ -356,19 +355,21 @@ class _Chain:
         return trainer
 
     def _prepare(self, stage: Stage, record: StageRecord) -> StageInputs:
-        label, audit = self.preparer.label(stage), Audit()
+        label = self.preparer.label(stage)
         logger.info("%s preparing data", label)
-        scored_rows = self.scored_rows.rows(stage, audit)
+        scored = self.scored_rows.rows(stage)
+        key = distributed.on_main(
+            lambda: self.preparer.build(stage, scored), timeout=distributed.LONG_TIMEOUT
+        )
         with distributed.raise_on_all_ranks():
-            inputs = self.preparer.prepare(stage, scored_rows=scored_rows, audit=audit)
-            self.preparer.prepare_held_out(inputs)
+            inputs = self.preparer.open(stage, key, scored)
         audit, held_out, train = inputs.audit, inputs.held_out, inputs.train
         assert train is not None
         self.data_log.log(stage, audit, held_out.audit if held_out is not None else None, label)
-        fingerprint = inputs.fingerprint()
+        fingerprint = inputs.fingerprint
         check_same_examples(stage, fingerprint, record, self.state)
         sources = distributed.on_main(
-            lambda: self.preparer.source_digests(stage, record.inputs or ())
+            lambda: source_digests(stage.data.train, self.loaded.base_dir, record.inputs or ())
         )
         record.state = "running"
         record.started = record.started or now()

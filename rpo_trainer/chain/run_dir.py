@@ -19,6 +19,7 @@ from rpo_trainer.runtime.files import (
     remove_empty,
 )
 from rpo_trainer.runtime.lock_holder import HOLDER_FILE, holder_text, read_holder
+from rpo_trainer.stages.prepare import DATA_FOLDER
 from rpo_trainer.stages.record import CHAIN_FILE
 
 logger = logging.getLogger(__name__)
@@ -172,6 +173,7 @@ class ReplacedRun:
             if self._aside.exists():
                 shutil.rmtree(self._aside)
             os.replace(run_dir, self._aside)
+            self._move_data(self._aside, run_dir)
         except OSError as error:
             raise _unusable("replaced", error, run_dir) from error
 
@@ -185,5 +187,13 @@ class ReplacedRun:
         """Move the old run directory back, unless it was deleted or the new one has content."""
         if self._aside.exists() and not (self.run_dir / CHAIN_FILE).exists():
             if self.run_dir.exists():
+                self._move_data(self.run_dir, self._aside)
                 shutil.rmtree(self.run_dir)
             os.replace(self._aside, self.run_dir)
+
+    @staticmethod
+    def _move_data(old: Path, new: Path) -> None:
+        """Move prepared data, which depend on their sources and not on the run."""
+        if (old / DATA_FOLDER).is_dir():
+            new.mkdir(exist_ok=True)
+            os.replace(old / DATA_FOLDER, new / DATA_FOLDER)

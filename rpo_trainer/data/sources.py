@@ -73,7 +73,7 @@ def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource
     _require_file(local)
     if os.path.exists(local):
         return _load_file(local, spec.split)
-    if _may_be_hub_name(spec.path):
+    if may_be_hub_name(spec.path):
         rows = _read_hub(spec.path, spec.split, local)
         return _indexed(spec.path, rows, spec.path, arrow=True)
     raise DataError(
@@ -311,7 +311,8 @@ def _rows_of(data: Any, split: str | None, where: str) -> list[dict[str, Any]]:
     return list(data.to_list())
 
 
-def _may_be_hub_name(path: str) -> bool:
+def may_be_hub_name(path: str) -> bool:
+    """Whether a source that is no local path can be a data set on the hub: it is not named like a file."""
     named_file = any(path.endswith(suffix) for suffix in (*SUFFIXES, ".gz", ".txt", ".tsv"))
     return not named_file and is_hub_name(path)
 

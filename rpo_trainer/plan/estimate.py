@@ -131,7 +131,7 @@ def plan_recipe(
 
 class _Planner:
     def __init__(self, loaded: LoadedRecipe, run_dir: Path, engine: Engine, devices: int) -> None:
-        self.preparer = StagePreparer(loaded)
+        self.preparer = StagePreparer(loaded, run_dir)
         self.vocabulary = len(self.preparer.tokenizer)
         self.recipe = loaded.recipe
         self.run_dir = run_dir
@@ -219,7 +219,7 @@ class _Planner:
                     "response_ids": [response] * count,
                     "response_mask": [mask] * count,
                 }
-                for ids in self.preparer.prompt_ids(inputs.rows)
+                for ids in self.preparer.prompt_ids(inputs.prompts)
             ]
         ), True
 

@@ -40,10 +40,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class HeldOut:
-    """Held-out data of a stage: tokenized examples, their rows, and the audit of both."""
+    """Held-out data of a stage: tokenized examples, and their audit."""
 
     examples: datasets.Dataset
-    rows: list[Row] = field(repr=False)
     audit: Audit
 
 
@@ -53,26 +52,35 @@ class StageInputs:
 
     Attributes:
         stage: the stage; with `reward_scale: auto`, its value is the fitted one.
-        rows: the training rows before tokenization; prompts, if responses are still to be sampled.
-        set_aside: rows held out by `data.eval_fraction`; None: it is not set.
-        train: tokenized examples; None: not tokenized, or without responses yet.
-        held_out: data for the evaluation during training; None: none, or not prepared.
-        complete: whether `held_out` is prepared and its warnings are in `audit`.
         audit: counts of rows read and dropped, and warnings.
+        prompts: the prompts to train on, if responses are still to be sampled.
+        held_out_prompts: those of them that `data.eval_fraction` holds out; None: it is not set.
+        train: tokenized examples; None: not tokenized, or without responses yet.
+        held_out: data for the evaluation during training; None: none.
+        fingerprint: content key of the training examples, in order.
     """
 
     stage: Stage
-    rows: list[Row] = field(repr=False)
     audit: Audit
-    set_aside: list[Row] | None = field(default=None, repr=False)
+    prompts: list[Row] = field(default_factory=list, repr=False)
+    held_out_prompts: list[Row] | None = field(default=None, repr=False)
     train: datasets.Dataset | None = None
     held_out: HeldOut | None = None
-    complete: bool = False
+    fingerprint: str = ""
 
-    def fingerprint(self) -> str:
-        """Return a content key of the training examples, in order."""
-        assert self.train is not None
-        return dataset_fingerprint(self.train)
+
+@dataclass
+class ScoredData:
+    """Rows that a run has sampled or scored.
+
+    Attributes:
+        digest: of the file they are kept in.
+        audit: counts of the rows read, and the biases of a judge.
+    """
+
+    rows: list[Row] = field(repr=False)
+    digest: str
+    audit: Audit
 
 
 def dataset_fingerprint(dataset: datasets.Dataset) -> str:
@@ -186,9 +194,14 @@ def fitted_stage(stage: Stage, audit: Audit) -> Stage:
 
 
 def tokenize_stage(
-    stage: Stage, rows: list[Row], tokenizer: PreTrainedTokenizerBase, audit: Audit
+    stage: Stage,
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    audit: Audit,
+    folder: Path | None = None,
+    label: str = "",
 ) -> datasets.Dataset:
-    """Tokenize the rows of a stage."""
+    """Tokenize the rows of a stage, into a directory if there is one; see `tokenize_rows`."""
     return tokenize_rows(
         rows,
         tokenizer,
@@ -198,6 +211,8 @@ def tokenize_stage(
         audit=audit,
         refuse_special_text=True,
         all_end=stage.trains_reward_model,
+        folder=folder,
+        label=label,
     )
 
 

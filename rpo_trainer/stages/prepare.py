@@ -1,79 +1,54 @@
-"""`StagePreparer`: reads, mixes, filters and tokenizes the data of a recipe's stages.
+"""`StagePreparer`: the inputs of a recipe's stages, tokenized once and kept on disk.
 
-`run`, `check`, `plan` and `preview` share it, so that they all use the same data. It resolves paths relative
-to the recipe's directory.
+`run`, `check`, `plan` and `preview` share it, so that they all use the same data. An entry of the store is
+found again by everything that it depends on: by later rounds of a stage, on resume, and by the other
+processes of a run, which map it into memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+import copy
+import json
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rpo_trainer.data import (
-    Audit,
-    add_replay,
-    encode_prompt,
-    filter_rows,
-    load_rows,
-    tokenize_rows,
-)
-from rpo_trainer.data.duplicates import prompt_key
-from rpo_trainer.data.rows import Kind, Row, RowError
+from rpo_trainer.data import Audit, encode_prompt, tokenize_rows
+from rpo_trainer.data.audit_json import audit_from_json, audit_to_json
+from rpo_trainer.data.resumable_rows import content_key
+from rpo_trainer.data.rows import Row, RowError
+from rpo_trainer.data.tokenize import open_tokenized
 from rpo_trainer.errors import DataError
 from rpo_trainer.models.loading import load_config, load_tokenizer
-from rpo_trainer.recipe import (
-    DataSpec,
-    EvalSpec,
-    LoadedRecipe,
-    RewardStage,
-    RPOStage,
-    ScoreSpec,
-    SFTStage,
-    SourceSpec,
-    Stage,
-    expand_stages,
-    resolve_path,
-)
+from rpo_trainer.recipe import EvalSpec, LoadedRecipe, Stage
 from rpo_trainer.recipe.template_kwargs import COLUMN
-from rpo_trainer.rewards.calibrate import fit_reward_scale, label_gaps
-from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
-from rpo_trainer.rewards.policies import check_truths
-from rpo_trainer.rewards.scorers import Scorer, make_scorer
-from rpo_trainer.rewards.verifiers import get_verifier, score_rows
+from rpo_trainer.stages.data_keys import FORMAT, stage_settings, tokenizer_digest
 from rpo_trainer.stages.inputs import (
     HeldOut,
+    ScoredData,
     StageInputs,
-    at_most,
+    dataset_fingerprint,
     fitted_stage,
-    held_out_filter,
     held_out_prompts,
     needs_policy,
-    needs_rewards,
-    row_kind,
-    sampling_spec,
-    scored_before_run,
-    scorer_columns,
     set_aside,
-    source_digests,
-    stage_seed,
     tokenize_stage,
-    with_targets,
 )
-from rpo_trainer.stages.record import InputRecord
 from rpo_trainer.stages.settings import StageConfig, steps_of, training_config
+from rpo_trainer.stages.stage_rows import EVAL_KINDS, StageRows
 
-_EVAL_KINDS: dict[str, Kind] = {"data": "prompt", "preferences": "pair", "nll": "sft"}
+DATA_FOLDER = ".data"  # in the run directory
+_TRAIN, _HELD_OUT, _INPUTS = "train", "held_out", "inputs.json"
 
 
-class StagePreparer:
+class StagePreparer(StageRows):
     """Prepares the inputs of a recipe's stages.
 
-    Every call reads the data again, except for the stage given to `keep`.
+    Args:
+        run_dir: the run directory, which keeps prepared data; None: keep them for this process only.
 
     Attributes:
         stages: all stages, in order; repeated ones expanded.
@@ -81,12 +56,10 @@ class StagePreparer:
             to be sampled, an upper bound.
     """
 
-    def __init__(self, loaded: LoadedRecipe) -> None:
-        self.loaded = loaded
-        self.recipe = loaded.recipe
-        self.stages = expand_stages(loaded.recipe)
+    def __init__(self, loaded: LoadedRecipe, run_dir: Path | None = None) -> None:
+        super().__init__(loaded, None if run_dir is None else run_dir / DATA_FOLDER)
         self.steps: dict[str, int] = {}
-        self._kept: dict[str, StageInputs | None] = {}  # by the stage's name
+        self._evaluated: dict[str, tuple[list[Mapping[str, Any]], Audit]] = {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -97,9 +70,9 @@ class StagePreparer:
         """
         return load_tokenizer(self.recipe.model, self.loaded.base_dir)
 
-    def path(self, name: str) -> Path:
-        """Resolve a path of the recipe."""
-        return resolve_path(self.loaded.base_dir, name)
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        return tokenizer_digest(self.tokenizer)
 
     def model_config(self, source: str | None = None, *, vocabulary: int | None = None) -> Any:
         """Load the config of the recipe's model, or of another source, see `load_config`.
@@ -110,26 +83,6 @@ class StagePreparer:
         tokens = len(self.tokenizer) if vocabulary is None else vocabulary
         return load_config(self.recipe.model, self.loaded.base_dir, source, tokens)
 
-    def scorer(self, score: ScoreSpec, model: Callable[[str], tuple[str, str]]) -> Scorer:
-        """Return the scorer of a `score` field, see `make_scorer`."""
-        return make_scorer(score, base_dir=self.loaded.base_dir, model=model)
-
-    def stage(self, name: str) -> Stage:
-        """Return the stage with this name."""
-        return next(stage for stage in self.stages if stage.name == name)
-
-    def seed(self, stage: Stage) -> int:
-        """Return the stage's seed, else the recipe's."""
-        return stage_seed(stage, self.recipe)
-
-    def number(self, stage: Stage) -> int:
-        """Return the position of a stage, from 1."""
-        return 1 + [other.name for other in self.stages].index(stage.name)
-
-    def label(self, stage: Stage) -> str:
-        """Return the prefix of a stage's log lines, `[1/3 NAME]`."""
-        return f"[{self.number(stage)}/{len(self.stages)} {stage.name}]"
-
     def settings(self, stage: Stage, run_dir: Path) -> StageConfig:
         """Return the config of the stage's trainer, see `training_config`."""
         return training_config(
@@ -139,150 +92,130 @@ class StagePreparer:
 
     # --- training data ---
 
-    def keep(self, stage: Stage) -> None:
-        """Prepare the inputs of this stage once and return them twice: for the check and for training.
+    def prepare(self, stage: Stage, scored: ScoredData | None = None) -> StageInputs:
+        """Return the training and held-out examples of a stage, tokenized unless the store has them.
 
-        They stay in memory in between, so use this for the stage that trains first. Rows that a run samples
-        or scores are not kept: a check cannot create them.
-        """
-        if stage.data.score is None and not needs_policy(stage.data):
-            self._kept[stage.name] = None
-
-    def prepare(
-        self,
-        stage: Stage,
-        *,
-        scored_rows: list[Row] | None = None,
-        file_rows: list[Row] | None = None,
-        audit: Audit | None = None,
-        tokenize: bool = True,
-    ) -> StageInputs:
-        """Prepare the training rows and tokenized examples of a stage.
+        For a stage whose responses are still to be sampled, the prompts are returned. Prompts that are both
+        trained and evaluated on are counted in the audit.
 
         Args:
-            scored_rows: rows sampled and scored by `ScoredRows`; None: before a run. Then only verifiers
-                score rows, and for a stage whose responses are still to be sampled, prompts are returned.
-            file_rows: rows from `given_rows`, if already read; None: read them.
-            audit: counts rows read and dropped.
-            tokenize: False: rows only.
+            scored: rows sampled or scored by a run; None: before a run, when only verifiers score rows.
 
         Raises:
-            DataError, Problems: data that cannot be read or trained on.
+            DataError, Problems: data that cannot be read or trained on; prompts that are both trained and
+                evaluated on, if `data.eval_overlap` is `error`.
             ModelError: the tokenizer cannot be loaded.
         """
-        audit = audit or Audit()
-        if scored_rows is None and needs_policy(stage.data):
-            prompts = self.prompts(stage, audit)
-            held_out = held_out_prompts(stage, prompts, seed=self.seed(stage))
-            rows, held = set_aside(prompts, held_out, audit)
-            self.steps[stage.name] = steps_of(stage, len(rows))
-            return StageInputs(stage, rows, audit, held)
-        if tokenize and (prepared := self._kept.get(stage.name)) is not None:
-            del self._kept[stage.name]
-            return prepared
-        rows, held = self._split_rows(stage, audit, scored_rows=scored_rows, file_rows=file_rows)
-        train = tokenize_stage(stage, rows, self.tokenizer, audit) if tokenize else None
-        self.steps[stage.name] = steps_of(stage, len(rows if train is None else train))
-        inputs = StageInputs(fitted_stage(stage, audit), rows, audit, held, train)
-        if tokenize and stage.name in self._kept:
-            self._kept[stage.name] = inputs
-        return inputs
+        if scored is None and needs_policy(stage.data):
+            return self._prepare_prompts(stage)
+        return self.open(stage, self.build(stage, scored), scored)
 
-    def prepare_held_out(self, inputs: StageInputs, *, tokenize: bool = True) -> None:
-        """Add `held_out` to the inputs, and warn about prompts that are both trained and evaluated on.
+    def build(self, stage: Stage, scored: ScoredData | None = None) -> str:
+        """Tokenize the examples of a stage unless the store has them, and return their key; see `prepare`."""
+        key = content_key(
+            "examples", FORMAT, stage_settings(stage), self.seed(stage), self.sources_of(stage),
+            self._evaluation_key(stage), self._tokenizer_digest, None if scored is None else scored.digest,
+        )  # fmt: skip
+        self.store.entry(key, lambda folder: self._build(stage, scored, folder), _what(stage))
+        return key
+
+    def open(self, stage: Stage, key: str, scored: ScoredData | None = None) -> StageInputs:
+        """Return the inputs of a stage from the store.
 
         Args:
-            tokenize: False: do not read the held-out rows of `data`.
-
-        Raises:
-            DataError: as `prepare`; or there are such prompts, and `data.eval_overlap` is `error`.
+            key: the result of `build`, possibly in another process. If this host does not see the entry, it
+                is built here.
         """
-        stage = inputs.stage
-        if inputs.complete:
-            return
-        inputs.complete = tokenize
-        sampled_later = inputs.train is None and needs_policy(stage.data)
-        if tokenize and not (sampled_later and inputs.set_aside is not None):
-            inputs.held_out = self._held_out(stage, inputs.set_aside)
+        folder = self.store.entry(key, lambda f: self._build(stage, scored, f), _what(stage))
+        kept = json.loads((folder / _INPUTS).read_text(encoding="utf-8"))
+        audit = audit_from_json(kept["audit"])
+        train, held_out = open_tokenized(folder / _TRAIN), None
+        if kept["held_out"] is not None:
+            held_out = HeldOut(
+                open_tokenized(folder / _HELD_OUT), audit_from_json(kept["held_out"])
+            )
+        self.steps[stage.name] = steps_of(stage, len(train))
+        return StageInputs(
+            fitted_stage(stage, audit), audit, train=train, held_out=held_out,
+            fingerprint=kept["fingerprint"],
+        )  # fmt: skip
+
+    def _build(self, stage: Stage, scored: ScoredData | None, folder: Path) -> None:
+        audit = Audit() if scored is None else copy.deepcopy(scored.audit)
+        rows, held = self.training_rows(stage, audit, None if scored is None else scored.rows)
+        held_audit = Audit()
+        if held is None and stage.data.eval:
+            held = self.held_out_rows(stage, held_audit)
+        self._check_overlap(stage, rows, held, audit)
+        label = self.label(stage)
+        if held is not None:
+            tokenize_stage(
+                stage,
+                held,
+                self.tokenizer,
+                held_audit,
+                folder / _HELD_OUT,
+                f"{label} held-out data",
+            )
+        train = tokenize_stage(
+            stage, rows, self.tokenizer, audit, folder / _TRAIN, f"{label} training data"
+        )
+        kept = {
+            "audit": audit_to_json(audit),
+            "held_out": None if held is None else audit_to_json(held_audit),
+            "fingerprint": dataset_fingerprint(train),
+        }
+        (folder / _INPUTS).write_text(json.dumps(kept), encoding="utf-8")
+
+    def rows_of(self, stage: Stage) -> StageInputs:
+        """Read the rows of a stage without tokenizing them: where its tokenizer cannot be loaded."""
+        audit = Audit()
+        rows, held = self.training_rows(stage, audit)
+        self.steps[stage.name] = steps_of(stage, len(rows))
+        self._check_overlap(stage, rows, held, audit)
+        return StageInputs(fitted_stage(stage, audit), audit)
+
+    def _prepare_prompts(self, stage: Stage) -> StageInputs:
+        audit = Audit()
+        prompts = self.prompts(stage, audit)
+        held_out = held_out_prompts(stage, prompts, seed=self.seed(stage))
+        rows, held = set_aside(prompts, held_out, audit)
+        self.steps[stage.name] = steps_of(stage, len(rows))
+        evaluated, held_audit, examples = held, Audit(), None
+        if held is None and stage.data.eval:
+            evaluated = self.held_out_rows(stage, held_audit)
+        self._check_overlap(stage, rows, evaluated, audit)
+        if held is None and evaluated is not None:
+            examples = HeldOut(
+                tokenize_stage(stage, evaluated, self.tokenizer, held_audit), held_audit
+            )
+        return StageInputs(stage, audit, rows, held, held_out=examples)
+
+    def _check_overlap(
+        self, stage: Stage, rows: Sequence[Row], held: list[Row] | None, audit: Audit
+    ) -> None:
         on_overlap = stage.data.eval_overlap
-        if inputs.held_out is not None:
-            inputs.audit.check_overlap(inputs.rows, inputs.held_out.rows, on_overlap=on_overlap)
+        if held is not None:
+            audit.check_overlap(rows, held, on_overlap=on_overlap)
+        for name, spec in self._evaluations(stage):
+            found = self.evaluation_rows(spec, name)
+            audit.check_overlap(rows, found, on_overlap=on_overlap, where=f"eval.{name}")
+
+    def _evaluations(self, stage: Stage) -> list[tuple[str, EvalSpec]]:
+        """Return the evaluation data whose prompts should not be trained on, by field."""
         # Not `evaluation_of`: a reward model may score the responses of an evaluation.
         spec = stage.eval or self.recipe.eval
-        for name, kind in _EVAL_KINDS.items():
-            if spec is not None and (sources := getattr(spec, name)):
-                found = at_most(self._load(sources, kind, Audit()), spec.max_rows)
-                inputs.audit.check_overlap(
-                    inputs.rows, found, on_overlap=on_overlap, where=f"eval.{name}"
-                )
+        return [] if spec is None else [(name, spec) for name in EVAL_KINDS if getattr(spec, name)]
 
-    def rows(
-        self, stage: Stage, audit: Audit, *, scored_rows: list[Row] | None = None
-    ) -> list[Row]:
-        """Return the training rows of a stage before tokenization; arguments as in `prepare`."""
-        return self._split_rows(stage, audit, scored_rows=scored_rows, file_rows=None)[0]
+    def _evaluation_key(self, stage: Stage) -> list[Any]:
+        return [
+            [name, spec.max_rows, self.digests.of(getattr(spec, name))]
+            for name, spec in self._evaluations(stage)
+        ]
 
-    def _split_rows(
-        self,
-        stage: Stage,
-        audit: Audit,
-        *,
-        scored_rows: list[Row] | None,
-        file_rows: list[Row] | None,
-    ) -> tuple[list[Row], list[Row] | None]:
-        """Return training rows, and held-out rows if `data.eval_fraction` is set."""
-        data, seed = stage.data, self.seed(stage)
-        if isinstance(stage, SFTStage):
-            rows = self._load(data.train, "sft", audit, seed=seed, dedup=data.dedup)
-            held_out = held_out_prompts(stage, rows, seed=seed)
-            if data.replay is not None:
-                earlier = self.rows(self.stage(data.replay.stage), Audit())
-                rows = add_replay(rows, earlier, data.replay, seed=seed, audit=audit)
-            return set_aside(rows, held_out, audit)
-        if isinstance(stage, RewardStage) and stage.objective == "regression":
-            rows = self._load(data.train, "rating", audit, seed=seed, dedup=data.dedup)
-            rows = with_targets(stage, rows, audit)
-            return set_aside(rows, held_out_prompts(stage, rows, seed=seed), audit)
-        rows = self._pairs(stage, audit, file_rows) if scored_rows is None else scored_rows
-        held_out = held_out_prompts(stage, rows, seed=seed)
-        trained = [row for row in rows if held_out is None or prompt_key(row) not in held_out]
-        given_gaps = [] if needs_policy(data) else label_gaps(trained)
-        if scored_rows is not None or data.pairs is not None or scored_before_run(data.score):
-            rows = make_preference_rows(rows, **pairs_arguments(data.pairs), seed=seed, audit=audit)
-        rows = filter_rows(rows, data.filter, audit)
-        if stage.trains_reward_model:
-            _require_two_responses(stage, rows)
-        rows, held = set_aside(rows, held_out, audit)
-        if isinstance(stage, RPOStage) and (gaps := label_gaps(rows)):
-            scale = stage.reward_scale
-            if scale == "auto":
-                against = any(gap < 0 for gap in given_gaps)
-                fit = fit_reward_scale(given_gaps if against else gaps, labeled=against)
-                audit.calibration, scale = asdict(fit), fit.reward_scale
-            audit.check_target_gaps(rows, scale)
-        return rows, held
+    # --- tokenized text of other rows ---
 
-    def source_digests(self, stage: Stage, inputs: Sequence[InputRecord] = ()) -> dict[str, str]:
-        """Return digests of the stage's training files, see `source_digests`."""
-        return source_digests(stage.data.train, self.loaded.base_dir, inputs)
-
-    # --- rows whose responses or rewards are generated during the run ---
-
-    def prompts(self, stage: Stage, audit: Audit) -> list[Row]:
-        """Return the prompts of a stage that samples, or of the stage whose responses it uses.
-
-        They include the columns that the scorer reads.
-        """
-        data = sampling_spec(stage.data, self.stages)
-        rows = self._load(
-            data.train, "prompt", audit, seed=self.seed(stage), dedup=data.dedup,
-            keep=scorer_columns(data.score),
-        )  # fmt: skip
-        if data.generate is not None:
-            check_truths(rows, data.generate)
-        return rows
-
-    def prompt_ids(self, rows: Sequence[Row]) -> list[list[int]]:
+    def prompt_ids(self, rows: list[Row]) -> list[list[int]]:
         """Return the token ids of each prompt, as a policy gets them.
 
         Raises:
@@ -307,95 +240,26 @@ class StagePreparer:
                 ) from error
         return found
 
-    def given_rows(self, stage: Stage, audit: Audit) -> list[Row]:
-        """Return the rows of a stage that scores given responses; rewards in the file are ignored."""
-        data: DataSpec = stage.data
-        return self._load(
-            data.train, "pair", audit, seed=self.seed(stage), dedup=data.dedup,
-            keep=scorer_columns(data.score), unscored=True,
-        )  # fmt: skip
-
-    # --- evaluation data ---
-
-    def evaluation_prompts(self, spec: EvalSpec, audit: Audit | None = None) -> list[Row]:
-        """Return the prompts to sample responses to, at most `max_rows`."""
-        audit = audit or Audit()
-        rows = self._load(spec.data, "prompt", audit, keep=scorer_columns(spec.score))
-        return at_most(rows, spec.max_rows, audit)
-
-    def evaluation_rows(
-        self, spec: EvalSpec, field: str, audit: Audit, *, tokenize: bool = True
+    def evaluation_examples(
+        self, spec: EvalSpec, field: str, audit: Audit
     ) -> list[Mapping[str, Any]]:
-        """Return the examples of `preferences` or `nll`, or with `tokenize=False` their rows.
+        """Return the examples of `preferences` or `nll`, tokenized once per process.
 
         The longest `max_length` of all stages applies, so that all are evaluated on the same examples.
         """
-        kind = _EVAL_KINDS[field]
-        rows = self._load(getattr(spec, field), kind, audit)
-        if not tokenize:
-            return list(rows)
-        examples = tokenize_rows(
-            at_most(rows, spec.max_rows, audit), self.tokenizer,
-            kind="pair" if kind == "pair" else "sft", truncation="drop", audit=audit,
-            refuse_special_text=True, max_length=max(stage.max_length for stage in self.stages),
-        )  # fmt: skip
-        return list(examples)
-
-    # --- reading ---
-
-    def _load(
-        self,
-        sources: Sequence[SourceSpec],
-        kind: Kind,
-        audit: Audit,
-        *,
-        seed: int | None = None,
-        **more: Any,
-    ) -> list[Row]:
-        """Call `load_rows` with the recipe's directory and, by default, its seed."""
-        return load_rows(
-            sources, kind=kind, base_dir=self.loaded.base_dir, audit=audit,
-            seed=self.recipe.seed if seed is None else seed, **more,
-        )  # fmt: skip
-
-    def _pairs(self, stage: Stage, audit: Audit, file_rows: list[Row] | None) -> list[Row]:
-        """Return rows with given responses; if `score` is set, its rewards replace those in the file."""
-        data = stage.data
-        if data.score is not None:
-            rows = self.given_rows(stage, audit) if file_rows is None else file_rows
-            if not scored_before_run(data.score) or data.score.verifier is None:
-                return [{**row, "rewards": None} for row in rows]
-            return score_rows(rows, get_verifier(data.score.verifier))
-        return self._load(
-            data.train, "pair", audit, seed=self.seed(stage), dedup=data.dedup,
-            require_rewards=needs_rewards(stage),
-        )  # fmt: skip
-
-    def _held_out(self, stage: Stage, rows: list[Row] | None) -> HeldOut | None:
-        """Tokenize the rows that were set aside, else those of `data.eval`; None without any."""
-        audit = Audit()
-        if rows is None:
-            if not stage.data.eval:
-                return None
-            kind = row_kind(stage)
-            rows = self._load(
-                stage.data.eval, kind, audit, seed=self.seed(stage),
-                require_rewards=needs_rewards(stage),
+        key = f"{field} {spec.model_dump_json()}"
+        if key not in self._evaluated:
+            found = Audit()
+            examples = tokenize_rows(
+                self.evaluation_rows(spec, field, found), self.tokenizer,
+                kind="pair" if EVAL_KINDS[field] == "pair" else "sft", truncation="drop", audit=found,
+                refuse_special_text=True, max_length=max(stage.max_length for stage in self.stages),
             )  # fmt: skip
-            if kind == "pair":
-                rows = held_out_filter(stage, rows, audit)
-            elif isinstance(stage, RewardStage):
-                rows = with_targets(stage, rows, audit)
-        return HeldOut(tokenize_stage(stage, rows, self.tokenizer, audit), rows, audit)
+            self._evaluated[key] = list(examples), found
+        examples_, counts = self._evaluated[key]
+        audit.adopt(counts)
+        return examples_
 
 
-def _require_two_responses(stage: Stage, rows: Sequence[Row]) -> None:
-    wide = [row for row in rows if len(row["responses"]) > 2]
-    if wide:
-        raise DataError(
-            f"{len(wide)} of {len(rows)} rows have more than two responses, first {wide[0]['id']}",
-            code="data.more-than-two-responses",
-            where=f"stages.{stage.name}",
-            why="the Bradley-Terry loss is defined on pairs",
-            fix="add `pairs: {select: best_worst}` to `data`",
-        )
+def _what(stage: Stage) -> str:
+    return f"the examples of stage {stage.name}"

@@ -78,7 +78,10 @@ class _Preview:
         if stage.data.responses_from is not None:
             yield Text(f"uses the responses of stage {stage.data.responses_from}")
             return
-        rows = self.preparer.prepare(stage, tokenize=False).rows
+        if needs_policy(stage.data):
+            rows = self.preparer.prepare(stage).prompts
+        else:
+            rows, _ = self.preparer.rows(stage, Audit())
         if needs_policy(stage.data):
             yield Text(f"{len(rows):,} prompts; responses are sampled when the stage runs")
             for row, note in _spread(rows, count):

@@ -25,7 +25,9 @@ from rpo_trainer.rewards.policies import (
     sample_rows,
 )
 from rpo_trainer.rewards.scorers import Scorer, weights_key
+from rpo_trainer.runtime.files import digest_path
 from rpo_trainer.runtime.ranks import ALONE, Ranks
+from rpo_trainer.stages.inputs import ScoredData
 from rpo_trainer.stages.prepare import StagePreparer
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -56,7 +58,7 @@ class ScoredRows:
         self.policies = policies
         self.ranks = ranks
 
-    def rows(self, stage: Stage, audit: Audit) -> list[Row] | None:
+    def rows(self, stage: Stage) -> ScoredData | None:
         """Return rows with responses and rewards; None for a stage whose rows are given.
 
         Raises:
@@ -66,21 +68,24 @@ class ScoredRows:
         """
         data = stage.data
         if data.responses_from is not None:
-            return self.rows(self.preparer.stage(data.responses_from), audit)
+            return self.rows(self.preparer.stage(data.responses_from))
         if data.score is None:
             return None
-        sampled = data.generate is not None
+        audit, sampled = Audit(), data.generate is not None
         read = self.preparer.prompts if sampled else self.preparer.given_rows
+        self.ranks.on_main(
+            lambda: read(stage, Audit()) and None
+        )  # the others then find them in the store
         with self.ranks.raise_on_all_ranks():
             rows = read(stage, audit)
             scorer = self.scorer(data.score)
             scorer.check([{**row, "responses": ["", ""]} for row in rows] if sampled else rows)
         if sampled:
             rows = self._sampled(stage, rows)
-        rows = self._scored(stage, "generated" if sampled else "scored", rows, scorer)
+        rows, path = self._scored(stage, "generated" if sampled else "scored", rows, scorer)
         if data.score.judge is not None:
             audit.judge = biases(rows)
-        return rows
+        return ScoredData(rows, digest_path(path).read_text(encoding="utf-8").strip(), audit)
 
     def scorer(self, score: ScoreSpec) -> Scorer:
         """Return the scorer of a `score` field; its reward model may be the output of a stage."""
@@ -119,13 +124,17 @@ class ScoredRows:
             with_digest=True, ranks=self.ranks,
         )  # fmt: skip
 
-    def _scored(self, stage: Stage, name: str, rows: Sequence[Row], scorer: Scorer) -> list[Row]:
+    def _scored(
+        self, stage: Stage, name: str, rows: Sequence[Row], scorer: Scorer
+    ) -> tuple[list[Row], Path]:
+        """Return the scored rows, and their file."""
         key = content_key(scorer.key, list(rows))
         path = self.run_dir / stage.name / f"{name}-{key}.jsonl"
-        return self._read(path) or map_rows_resumable(
+        scored = self._read(path) or map_rows_resumable(
             path, rows, scorer.work(rows), key=key, what="scored", label=self.preparer.label(stage),
             with_digest=True, ranks=self.ranks,
         )  # fmt: skip
+        return scored, path
 
     def _read(self, path: Path) -> list[Row] | None:
         return read_rows(path) if self.ranks.on_main(lambda: is_intact(path)) else None

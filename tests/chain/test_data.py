@@ -18,7 +18,6 @@ from rpo_trainer.models.loading import load_weights
 from rpo_trainer.recipe import Recipe, SourceSpec, Stage, expand_stages
 from rpo_trainer.stages.inputs import (
     HeldOut,
-    StageInputs,
     at_most,
     dataset_fingerprint,
     fitted_stage,
@@ -47,7 +46,7 @@ def preparer(folder: Path, found: dict[str, Stage] | None = None) -> StagePrepar
 
 
 def rows(stage: Stage, folder: Path, audit: Audit | None = None, **more: Any) -> list[Any]:
-    return preparer(folder).rows(stage, audit or Audit(), **more)
+    return preparer(folder).rows(stage, audit or Audit(), **more)[0]
 
 
 def made(
@@ -66,7 +65,8 @@ def made(
     policies: Any = SimpleNamespace(sampling_policy=policy, weights_key=weights)
     scored = ScoredRows(of_run, run or folder, policies)
     stage = found[name]
-    return of_run.rows(stage, Audit(), scored_rows=scored.rows(stage, Audit()))
+    found_rows = scored.rows(stage)
+    return of_run.rows(stage, Audit(), None if found_rows is None else found_rows.rows)[0]
 
 
 def no_policy(*_: Any) -> Any:
@@ -176,9 +176,9 @@ def test_repeated_prompts_left_out_are_other_rows_and_other_files(
             found = stages(tmp_path, recipe)
             stage = found["dpo" if sampled_file else "rpo-1"]
             policies: Any = SimpleNamespace(sampling_policy=policy, weights_key=lambda _: "weights")
-            own = ScoredRows(preparer(tmp_path, found), tmp_path, policies).rows(stage, Audit())
+            own = ScoredRows(preparer(tmp_path, found), tmp_path, policies).rows(stage)
             assert own is not None
-            counts.setdefault(dedup, []).append([row["id"] for row in own])
+            counts.setdefault(dedup, []).append([row["id"] for row in own.rows])
         assert counts == {
             None: [["r0", "r1", "r2"]] * 2, "exact": [["r0", "r1"]], "normalized": [["r0"]],
         }  # fmt: skip
@@ -313,9 +313,7 @@ def test_filters_pairs_and_rewards(tmp_path: Path) -> None:
 
 
 def held_out_of(stage: Stage, folder: Path) -> HeldOut | None:
-    inputs = StageInputs(stage, [], Audit())
-    preparer(folder).prepare_held_out(inputs)
-    return inputs.held_out
+    return preparer(folder).prepare(stage).held_out
 
 
 def test_held_out_examples(tmp_path: Path) -> None:
@@ -323,20 +321,20 @@ def test_held_out_examples(tmp_path: Path) -> None:
     assert held_out_of(found["general"], tmp_path) is None
     held_out = held_out_of(found["code"], tmp_path)
     assert held_out is not None
-    assert len(held_out.examples) == len(held_out.rows) == 8
+    assert len(held_out.examples) == 8
     assert held_out.audit.as_dict()["kept"] == {"quickstart/code": 8}
     spec = tiny.load(
         tmp_path,
         {**tiny.tiny_recipe(), "eval": {"data": [tiny.task("code", "heldout", 9)], "max_rows": 4}},
     ).recipe.eval
     assert spec is not None
-    assert len(preparer(tmp_path).evaluation_prompts(spec)) == 4
+    assert len(preparer(tmp_path).evaluation_rows(spec, "data")) == 4
 
 
 def test_fingerprints_follow_tokens_masks_rewards_and_order(tmp_path: Path) -> None:
     stage = stages(tmp_path)["code"]
     train = tokenize_stage(stage, rows(stage, tmp_path), preparer(tmp_path).tokenizer, Audit())
-    key = StageInputs(stage, [], Audit(), train=train).fingerprint()
+    key = preparer(tmp_path).prepare(stage).fingerprint
     assert key == dataset_fingerprint(train)
     assert key == dataset_fingerprint(train.map(lambda row: {"id": "other"}))
     assert key != dataset_fingerprint(train.select([1, 0, *range(2, len(train))]))
@@ -394,7 +392,10 @@ def test_reversed_pairs_get_in_held_out_rows_what_the_filter_says(
     ]  # fmt: skip
     (tmp_path / "held.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     recipe = tiny.tiny_recipe()
-    data: dict[str, Any] = {"train": [{"path": "held.jsonl"}], "eval": [{"path": "held.jsonl"}]}
+    best = {"prompt": "0 + 0 = ", "chosen": "0", "rejected": "1", "chosen_reward": 99.0,
+            "rejected_reward": 0.0}  # fmt: skip
+    (tmp_path / "train.jsonl").write_text(json.dumps(best) + "\n")
+    data: dict[str, Any] = {"train": [{"path": "train.jsonl"}], "eval": [{"path": "held.jsonl"}]}
     if policy is not None:  # the threshold applies to training rows
         data["filter"] = {"reversed": policy, "min_chosen_reward": 99.0}
     tiny.stage_of(recipe, "dpo")["data"] = data

@@ -57,9 +57,9 @@ def recipe_of(folder: Path, name: str, **data: Any) -> tiny.Recipe:
 def held_out(folder: Path, recipe: tiny.Recipe) -> tuple[list[str], list[str]]:
     """Ids of the trained and of the held-out rows."""
     preparer = StagePreparer(tiny.load(folder, recipe))
-    found = preparer.prepare(preparer.stages[-1], tokenize=False)
-    assert found.set_aside is not None
-    return [row["id"] for row in found.rows], [row["id"] for row in found.set_aside]
+    rows, held = preparer.rows(preparer.stages[-1], Audit())
+    assert held is not None
+    return [row["id"] for row in rows], [row["id"] for row in held]
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -117,7 +117,7 @@ def test_eta_is_fitted_to_the_trained_rows_alone(tmp_path: Path) -> None:
         if content != text:
             del recipe["stages"][0]["data"]["eval_fraction"]
         preparer = StagePreparer(tiny.load(tmp_path, recipe))
-        scales.append(preparer.prepare(preparer.stages[0], tokenize=False).stage.reward_scale)
+        scales.append(preparer.prepare(preparer.stages[0]).stage.reward_scale)
     assert scales[0] == scales[1]
 
 
@@ -128,7 +128,7 @@ def test_replay_takes_what_the_earlier_stage_was_trained_on(tmp_path: Path) -> N
     data = {"train": [tiny.task("code", "train", 8)], "replay": replay}
     recipe["stages"].append({"name": "next", "kind": "sft", "max_steps": 1, "data": data})
     preparer = StagePreparer(tiny.load(tmp_path, recipe))
-    rows = preparer.prepare(preparer.stages[1], tokenize=False).rows
+    rows, _ = preparer.rows(preparer.stages[1], Audit())
     replayed = {row["id"] for row in rows} & {row["id"] for row in rows_of("sft")}
     assert len(replayed) == 27 and not replayed & set(held)
 
@@ -141,15 +141,16 @@ def test_prompts_are_held_out_before_their_responses_are_sampled(tmp_path: Path)
     preparer = StagePreparer(tiny.load(tmp_path, recipe))
     (stage,) = preparer.stages
     before = preparer.prepare(stage)
-    assert before.set_aside is not None and (len(before.rows), len(before.set_aside)) == (15, 5)
-    tie = before.set_aside[0]["id"]
+    held = before.held_out_prompts
+    assert held is not None and (len(before.prompts), len(held)) == (15, 5)
+    tie = held[0]["id"]
     made = [
         {**row, "responses": ["a", "b"], "rewards": [1.0, float(row["id"] == tie)]}
         for row in preparer.prompts(stage, Audit())
     ]
-    after = preparer.prepare(stage, scored_rows=made, tokenize=False)
-    assert {row["id"] for row in after.rows} == {row["id"] for row in before.rows}
-    assert after.set_aside is not None and len(after.set_aside) == 4  # one was a tie
+    train, tested = preparer.rows(stage, Audit(), made)
+    assert {row["id"] for row in train} == {row["id"] for row in before.prompts}
+    assert tested is not None and len(tested) == 4  # one was a tie
     loaded = tiny.load(tmp_path, recipe)
     assert any("20 prompts (5 held out)" in line for line in check_recipe(loaded, tmp_path / "r"))
     (planned,) = plan_recipe(loaded, tmp_path / "r").stages

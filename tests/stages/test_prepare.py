@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from rpo_trainer.chain import run_chain
 from rpo_trainer.chain.check import check_recipe
+from rpo_trainer.data import Audit
 from rpo_trainer.plan import plan_recipe
-from rpo_trainer.stages import inputs, prepare
+from rpo_trainer.stages import inputs, prepare, stage_rows
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.preview import preview
 from tests.chain import tiny
@@ -58,20 +60,27 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counts:
 
         monkeypatch.setattr(module, name, spy)
 
-    count(prepare, "load_rows")
-    for module in (prepare, inputs):
+    count(stage_rows, "load_rows")
+    for module in (stage_rows, inputs):
         count(module, "filter_rows")
+    for module in (prepare, inputs):
         count(module, "tokenize_rows")
     return counts
 
 
-def test_a_run_prepares_its_first_stage_once_and_others_to_check_and_to_train(
+def test_check_plan_and_run_read_and_tokenize_the_data_once(
     counted: Counts, tmp_path: Path
 ) -> None:
-    """All stages are checked before the first trains, and only one stage's data stay in memory."""
-    tiny.run(tmp_path, given_pairs(tmp_path, "one", "two"))
-    once, twice = {"one.jsonl": 1, "one-held.jsonl": 1}, {"two.jsonl": 2, "two-held.jsonl": 2}
-    assert counted == {name: Counter({**once, **twice}) for name in counted}
+    """Two stages and two rounds of a third on the same data; a check, a plan, a run, and a run resumed."""
+    recipe = given_pairs(tmp_path, "one", "two")
+    recipe["stages"].append({**recipe["stages"][1], "name": "again", "repeat": 2})
+    loaded = tiny.load(tmp_path, recipe)
+    check_recipe(loaded, tmp_path / "run")
+    plan_recipe(loaded, tmp_path / "run")
+    tiny.run(tmp_path, recipe)
+    run_chain(loaded, tmp_path / "run", overwrite=True)
+    names = ("one.jsonl", "one-held.jsonl", "two.jsonl", "two-held.jsonl")
+    assert counted == {name: Counter(names) for name in counted}
 
 
 @pytest.mark.parametrize("command", ["check", "plan", "preview"])
@@ -89,8 +98,8 @@ def test_other_commands_read_each_source_once(
     # A preview tokenizes only the rows that it shows, each untruncated and as trained.
     shown = 2 * 2 if command == "preview" else 1
     assert {*counted["tokenize_rows"].values()} == {shown}
-    held = ["one-held.jsonl", "two-held.jsonl"]  # for which nothing is planned or shown
-    assert (set(held) <= {*counted["load_rows"]}) == (command == "check")
+    held = ["one-held.jsonl", "two-held.jsonl"]  # of which nothing is shown
+    assert (set(held) <= {*counted["load_rows"]}) == (command != "preview")
 
 
 def test_what_was_checked_is_what_is_trained_on_also_where_the_file_changes_in_between(
@@ -98,7 +107,7 @@ def test_what_was_checked_is_what_is_trained_on_also_where_the_file_changes_in_b
 ) -> None:
     recipe = given_pairs(tmp_path, "one")
     expected = StagePreparer(tiny.load(tmp_path, recipe))
-    fingerprint = expected.prepare(expected.stages[0]).fingerprint()
+    fingerprint = expected.prepare(expected.stages[0]).fingerprint
     with at("begin:one", lambda: write_pairs(tmp_path / "one.jsonl", "*")):
         run_dir = tiny.run(tmp_path, recipe)
     record = tiny.records(run_dir)["one"]
@@ -106,29 +115,6 @@ def test_what_was_checked_is_what_is_trained_on_also_where_the_file_changes_in_b
     # The digest is that of the rows trained on, so that the next start notices the change.
     (kept,) = [entry for entry in record["inputs"] if entry["name"] == "one.jsonl"]
     assert kept["files"]["one.jsonl"]["digest"] != record["sources"]["one.jsonl"]
-
-
-def test_inputs_that_are_not_kept_are_prepared_again(counted: Counts, tmp_path: Path) -> None:
-    preparer = StagePreparer(tiny.load(tmp_path, given_pairs(tmp_path, "one", "two")))
-    one, two = preparer.stages
-    preparer.keep(one)
-    first = preparer.prepare(one)
-    assert preparer.prepare(one) is first  # once: it is no longer in memory
-    assert preparer.prepare(one) is not first and preparer.prepare(two) is not preparer.prepare(two)
-    assert counted["tokenize_rows"] == {"one.jsonl": 2, "two.jsonl": 2}
-
-
-@pytest.mark.parametrize("score", [{"verifier": "numeric"}, None])
-def test_rows_that_a_run_scores_are_not_kept(score: Any, tmp_path: Path) -> None:
-    recipe = given_pairs(tmp_path, "one")
-    rows = [{"prompt": "1 + 1 = ", "ground_truth": "2", "responses": ["2", "3"]}] * 3
-    if score is not None:
-        (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        recipe["stages"][0]["data"]["score"] = score
-    preparer = StagePreparer(tiny.load(tmp_path, recipe))
-    (stage,) = preparer.stages
-    preparer.keep(stage)
-    assert (preparer.prepare(stage) is preparer.prepare(stage)) == (score is None)
 
 
 def test_rows_set_aside_are_neither_trained_planned_nor_shown(tmp_path: Path) -> None:
@@ -140,14 +126,13 @@ def test_rows_set_aside_are_neither_trained_planned_nor_shown(tmp_path: Path) ->
     loaded = tiny.load(tmp_path, recipe)
     preparer = StagePreparer(loaded)
     found = preparer.prepare(preparer.stages[0])
-    assert found.train is not None and found.set_aside is not None
-    assert (len(found.train), len(found.set_aside)) == (15, 5)
-    preparer.prepare_held_out(found)
-    assert found.held_out is not None and len(found.held_out.examples) == 5
+    assert found.train is not None and found.held_out is not None
+    assert (len(found.train), len(found.held_out.examples)) == (15, 5)
+    held = preparer.rows(preparer.stages[0], Audit())[1] or []
     (planned,) = plan_recipe(loaded, tmp_path / "run").stages
     assert planned.examples == 15
     lines = check_recipe(loaded, tmp_path / "run")
     shown = [line.plain for line in preview(loaded, 20, colors=False)]
     assert any(line.strip().startswith("15 examples") for line in lines)
     assert any(line.startswith("15 rows") for line in shown)
-    assert not any(f"row {row['id']}:" in "\n".join(shown) for row in found.set_aside)
+    assert not any(f"row {row['id']}:" in "\n".join(shown) for row in held)
