@@ -54,6 +54,11 @@ Count and show:
   token_view        colored view of tokens
   sample_conversations  conversations for checking a template
 
+Keep on disk:
+  store             a directory of prepared data, an entry per content key, complete or absent
+  audit_json        an audit as JSON
+  tokenizer_digest  digest of a tokenizer
+
 Rows generated one by one:
   resumable_rows    a row file that survives interruption: complete or absent
   partial_file      its unfinished results

@@ -17,7 +17,7 @@ from rpo_trainer.data.ratings import rating_targets
 from rpo_trainer.data.rows import Kind, Row, SpecialTokens, Truncation, raise_all
 from rpo_trainer.data.sources import RawSource, load_source
 from rpo_trainer.data.template_variables import check_kwargs
-from rpo_trainer.data.tokenize import TOKENIZED, tokenize_rows
+from rpo_trainer.data.tokenize import TOKENIZED, released, tokenize_rows
 from rpo_trainer.errors import DataError, Problems
 from rpo_trainer.recipe.template_kwargs import COLUMN, Kwargs
 
@@ -104,6 +104,8 @@ def prepare_dataset(
     chat_template_kwargs: Kwargs | None = None,
     all_end: bool = False,
     audit: Audit | None = None,
+    folder: Path | None = None,
+    label: str = "",
 ) -> datasets.Dataset:
     """Tokenize raw rows in any known format. Tokenized examples are returned unchanged.
 
@@ -118,6 +120,7 @@ def prepare_dataset(
             name takes precedence, key by key.
         all_end: see `tokenize_rows`.
         audit: counts rows and warnings; None: the counts are logged.
+        folder, label: see `tokenize_rows`.
 
     Raises:
         DataError, Problems, ModelError: as `load_rows`, `filter_rows` and `tokenize_rows`.
@@ -130,7 +133,7 @@ def prepare_dataset(
             return dataset
         raw_rows = dataset.to_list()
     else:
-        raw_rows = _by_number(dataset)
+        raw_rows = rows_by_number(dataset)
     if not raw_rows:
         raise DataError(
             "the data set has no rows",
@@ -158,13 +161,15 @@ def prepare_dataset(
     elif kind == "rating":
         rows = rating_targets(rows, attributes, rating_range=rating_range, audit=counted)
     tokenized = tokenize_rows(
-        rows,
+        released(rows),
         tokenizer,
         kind=kind,
         max_length=max_length,
         truncation=truncation,
         audit=counted,
         all_end=all_end,
+        folder=folder,
+        label=label,
     )
     if audit is None:
         counted.log(logger, "the data set")
@@ -181,8 +186,12 @@ def _without_duplicates(
     return [(name, [row for row in rows if id(row) in kept]) for name, rows in named]
 
 
-def _by_number(dataset: Any) -> list[dict[str, Any]]:
-    """Return the rows of a list or of a map-style data set."""
+def rows_by_number(dataset: Any) -> list[dict[str, Any]]:
+    """Return the rows of a list or of a map-style data set.
+
+    Raises:
+        DataError: the data set has no rows by number.
+    """
     if isinstance(dataset, Sequence):
         return list(dataset)
     what = f"a {type(dataset).__name__} is not supported as a data set"

@@ -1,15 +1,16 @@
 """`DataStore`: a directory of prepared data, an entry per content key, each complete or absent.
 
     FOLDER/KEY/entry.json     names and sizes of its files; written last
-    FOLDER/.KEY.partial       an entry that is being built, or whose process was killed
+    FOLDER/.KEY.partial       an entry that is being built, or whose process was killed or has failed
     FOLDER/.KEY.lock          held by the process that builds it
 
-An entry is built by one process and mapped by all. A killed build is continued by the next process that
-needs it.
+An entry is built by one process and mapped by all. The next process that needs an unfinished entry
+continues it.
 """
 
 from __future__ import annotations
 
+import atexit
 import errno
 import json
 import logging
@@ -20,17 +21,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from filelock import FileLock, Timeout
 
+import rpo_trainer
 from rpo_trainer.data.rows import Row
 from rpo_trainer.runtime.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
 _ENTRY = "entry.json"
-_VERSION = 1
+# Incremented when the same sources and settings result in other rows, tokens or files.
+_FORMAT = 1
 _WAIT_SECONDS = 10.0  # between log lines while another process builds an entry
 _BATCH = 1000  # rows
 _NOT_WRITABLE = (PermissionError, NotADirectoryError, FileExistsError)
@@ -41,12 +44,12 @@ class DataStore:
 
     Args:
         folder: the directory of the entries, created when the first is built; None, or a directory that
-            cannot be written: a temporary directory that is removed with this object.
+            cannot be written: a temporary directory that is removed when the process ends.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._own: tempfile.TemporaryDirectory[str] | None = None
+        self._own: Path | None = None
 
     def find(self, key: str) -> Path | None:
         """Return the directory of a complete entry; None if there is none."""
@@ -62,8 +65,7 @@ class DataStore:
         """Return the directory of an entry, which is built first if it is absent.
 
         Args:
-            build: writes the entry's files to a directory. The directory may have files of a killed process
-                that built the same entry.
+            build: writes the entry's files to a directory, which may have files of an unfinished build.
             what: what is prepared, for messages.
 
         Raises:
@@ -77,12 +79,7 @@ class DataStore:
                 return found
             partial, entry = folder / f".{key}.partial", folder / key
             partial.mkdir(exist_ok=True)
-            try:
-                build(partial)
-            except Exception:
-                # After a kill, on the other hand, the files remain and are used.
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
+            build(partial)
             sizes = {
                 path.relative_to(partial).as_posix(): path.stat().st_size
                 for path in sorted(partial.rglob("*"))
@@ -90,7 +87,7 @@ class DataStore:
             }
             atomic_write(
                 partial / _ENTRY,
-                json.dumps({"version": _VERSION, "what": what, "files": sizes}, indent=1),
+                json.dumps({"version": _version(), "what": what, "files": sizes}, indent=1),
             )
             shutil.rmtree(entry, ignore_errors=True)  # damaged
             os.replace(partial, entry)
@@ -120,7 +117,7 @@ class DataStore:
         if self.folder is not None:
             yield self.folder
         if self._own is not None:
-            yield Path(self._own.name)
+            yield self._own
 
     def _writable(self) -> Path:
         """Return the directory for new entries."""
@@ -139,8 +136,13 @@ class DataStore:
                 "process only", self.folder, reason,
             )  # fmt: skip
         if self._own is None:
-            self._own = tempfile.TemporaryDirectory(prefix="rpo-trainer-data-")
-        return Path(self._own.name)
+            self._own = Path(tempfile.mkdtemp(prefix="rpo-trainer-data-"))
+            atexit.register(shutil.rmtree, self._own, ignore_errors=True)
+        return self._own
+
+
+def _version() -> list[Any]:
+    return [rpo_trainer.__version__, _FORMAT]
 
 
 def _is_read_only(error: OSError) -> bool:
@@ -150,12 +152,12 @@ def _is_read_only(error: OSError) -> bool:
 def _is_complete(entry: Path) -> bool:
     try:
         content = json.loads((entry / _ENTRY).read_text(encoding="utf-8"))
-        if content["version"] != _VERSION:
+        if content["version"] != _version():
             return False
         for name, size in content["files"].items():
             if (entry / name).stat().st_size != size:
                 raise ValueError(f"{name} does not have {size} bytes")
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if entry.is_dir():
             logger.warning("%s is damaged (%s): it is prepared again", entry, error)
         return False

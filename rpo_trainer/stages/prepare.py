@@ -21,11 +21,12 @@ from rpo_trainer.data.audit_json import audit_from_json, audit_to_json
 from rpo_trainer.data.resumable_rows import content_key
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.data.tokenize import open_tokenized
+from rpo_trainer.data.tokenizer_digest import tokenizer_digest
 from rpo_trainer.errors import DataError
 from rpo_trainer.models.loading import load_config, load_tokenizer
 from rpo_trainer.recipe import EvalSpec, LoadedRecipe, Stage
 from rpo_trainer.recipe.template_kwargs import COLUMN
-from rpo_trainer.stages.data_keys import FORMAT, stage_settings, tokenizer_digest
+from rpo_trainer.stages.data_keys import stage_settings
 from rpo_trainer.stages.inputs import (
     HeldOut,
     ScoredData,
@@ -113,7 +114,7 @@ class StagePreparer(StageRows):
     def build(self, stage: Stage, scored: ScoredData | None = None) -> str:
         """Tokenize the examples of a stage unless the store has them, and return their key; see `prepare`."""
         key = content_key(
-            "examples", FORMAT, stage_settings(stage), self.seed(stage), self.sources_of(stage),
+            "examples", stage_settings(stage), self.seed(stage), self.sources_of(stage),
             self._evaluation_key(stage), self._tokenizer_digest, None if scored is None else scored.digest,
         )  # fmt: skip
         self.store.entry(key, lambda folder: self._build(stage, scored, folder), _what(stage))

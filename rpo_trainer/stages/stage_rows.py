@@ -37,7 +37,7 @@ from rpo_trainer.rewards.pairs import make_preference_rows, pairs_arguments
 from rpo_trainer.rewards.policies import check_truths
 from rpo_trainer.rewards.scorers import Scorer, make_scorer
 from rpo_trainer.rewards.verifiers import get_verifier, score_rows
-from rpo_trainer.stages.data_keys import FORMAT, SourceDigests, stage_settings
+from rpo_trainer.stages.data_keys import SourceDigests, stage_settings
 from rpo_trainer.stages.inputs import (
     at_most,
     held_out_filter,
@@ -147,7 +147,7 @@ class StageRows:
         """Return the same as `rows`; those of a stage that is replayed are read once for both stages."""
         if stage.name not in self.replayed:
             return self.rows(stage, audit, scored)
-        key = content_key("replayed", FORMAT, stage_settings(stage), self.seed(stage),
+        key = content_key("replayed", stage_settings(stage), self.seed(stage),
                           self.sources_of(stage))  # fmt: skip
         new: list[tuple[list[Row], list[Row] | None]] = []
 
@@ -249,7 +249,7 @@ class StageRows:
     ) -> list[Row]:
         """Call `load_rows`, or read its rows from the store."""
         seed = self.recipe.seed if seed is None else seed
-        key = content_key("rows", FORMAT, self.digests.of(sources), kind, seed, sorted(keep), more)
+        key = content_key("rows", self.digests.of(sources), kind, seed, sorted(keep), more)
 
         def build(folder: Path) -> None:
             counts = Audit()

@@ -24,6 +24,7 @@ Parts of a trainer:
   setup             preparation of model and tokenizer in the constructor
   given_rows        rows of a formatting function, of plain text, tokenized rows
   data_sets         the data sets of a trainer, tokenized and checked against the model
+  stored_examples   tokenized examples of data sets, kept on disk
   examples          tokenized examples, and the collator that packs them
   fits              checks of examples against the model: vocabulary, positions, end tokens
   loaders           data loaders of training and evaluation

@@ -107,7 +107,8 @@ def tokenized(
     Raises:
         DataError: a row is invalid, or no rows are left.
     """
-    from rpo_trainer.data import Audit, prepare_dataset
+    from rpo_trainer.data import Audit
+    from rpo_trainer.trainers.stored_examples import stored_examples
 
     audit = audits[name] = Audit()
     max_length = sys.maxsize if args.max_length is None else args.max_length
@@ -118,16 +119,17 @@ def tokenized(
         special_tokens = args.special_tokens
         if special_tokens is None and kind == "sft" and is_plain_text(dataset):
             special_tokens = "parse"
-        rows = prepare_dataset(
+        rows = stored_examples(
             dataset,
             tokenizer,
+            name=name,
+            audit=audit,
             kind=kind,
             max_length=max_length,
             truncation=args.truncation,  # type: ignore[arg-type]
             special_tokens=special_tokens,  # type: ignore[arg-type]
             chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
             **options,
-            audit=audit,
         )
     if args.process_index == 0:
         audit.log(logger, f"{name}_dataset", f"{name} data: ")
