@@ -31,8 +31,8 @@ from rpo_trainer.step.batch import AttentionPlan, Segment
 # Query heads, key-value heads, head size, and arguments of the attention function.
 SHAPES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "gemma-2": (16, 8, 256, {"softcap": 50.0, "scaling": 256**-0.5}),
-    "gemma-2-window": (16, 8, 256, {"softcap": 50.0, "scaling": 256**-0.5, "sliding_window": 4096}),
     "gpt-oss": (64, 8, 64, {"s_aux": True}),
+    "gemma-2-window": (16, 8, 256, {"softcap": 50.0, "scaling": 256**-0.5, "sliding_window": 4096}),
     "gpt-oss-window": (64, 8, 64, {"s_aux": True, "sliding_window": 128}),
 }
 
@@ -64,17 +64,20 @@ def main() -> None:
         for way in ("flex", "explicit"):
             if way == args.without:
                 continue
-            lines = [_measured(name, way, tokens, args) for tokens in lengths]
-            found[f"{name} {way}"] = lines
-            for tokens, (peak, seconds) in zip(lengths, lines, strict=True):
+            lines = []
+            for tokens in lengths:
+                peak, seconds = _measured(name, way, tokens, args)
+                lines.append((peak, seconds))
                 print(
                     f"{name:15} {way:9} {tokens:7,} tokens "
                     + (
                         "out of memory"
                         if peak is None
                         else f"{seconds * 1e3:9.1f} ms {record.mib(peak)}"
-                    )
+                    ),
+                    flush=True,
                 )
+            found[f"{name} {way}"] = lines
             ends = [
                 (tokens, peak) for tokens, (peak, _) in zip(lengths, lines, strict=True) if peak
             ]

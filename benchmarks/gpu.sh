@@ -25,6 +25,7 @@ ONLY=${ONLY:-}
 PACKED=${PACKED:-}
 WORK=${WORK:-$PWD/runs/gpu}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PYTHONUNBUFFERED=1  # a part that is stopped keeps what it printed
 
 if [ -n "$PACKED" ]; then
     export PYTHONPATH="$PYTHONPATH:$WORK/site"
@@ -74,7 +75,7 @@ if [ "$SIZE" = tiny ]; then
     tile="--points 1 --steps 1 --tile-mib 1"
     plan="--size tiny --vocabulary 512 --prompt 32 --response 16 --steps 2" plan_lora="$plan --lora 4"
     sample="--size tiny --vocabulary 512 --prompts 8 --prompt 16 --batch 16 --max-new-tokens 64 --mean 12 --rounds 1"
-    chain="defaults.warmup_steps=0 eval.data.0.max_rows=4 eval.generate.max_new_tokens=8"
+    chain="defaults.warmup_steps=0"
     for data in eval.preferences eval.nll code-sft.train code-sft.eval general-sft.train general-sft.eval dpo.train; do
         [[ $data = eval.* ]] || data=stages.${data/./.data.}
         chain+=" $data.0.max_rows=4"
@@ -103,8 +104,8 @@ else
     tile="--batch 4 --micro 4 --steps 2"
     plan="--size 1b --dtype bfloat16 --batch 16 --micro 8 --steps 3 $lengths"
     plan_lora="--size 8b --dtype bfloat16 --lora 16 --batch 8 --micro 4 --steps 3"
-    sample="--size 1b --dtype bfloat16 --k 8 --prompts 32 --prompt 256 --batch 256 --max-new-tokens 192 --rounds 2"
-    chain="" measure="--rows 100 --max-new-tokens 256 --batch-size 300"
+    sample="--size 1b --dtype bfloat16 --k 8 --prompts 16 --prompt 256 --batch 128 --max-new-tokens 192 --rounds 2"
+    chain="" measure="--rows 400 --max-new-tokens 256 --batch-size 1000 --stages model,general-sft,dpo,rpo-instructions"
     quickstart=""
 fi
 peers=""
@@ -128,14 +129,14 @@ part() {
     [ "$limit" -le "$left" ] || limit=$left
     echo "== $name, at ${SECONDS} s"
     log=$stem.$name.log
-    timeout "$limit" "$@" >"$log" 2>&1
+    timeout -s INT -k 15 "$limit" "$@" >"$log" 2>&1  # pytest prints its failures when it is interrupted
     status=$?
     {
         printf '\n## %s\n\n`%s`\n\n' "$name" "$*"
         tail -n 60 "$log"
         printf '\n%s s, status %s\n' "$((SECONDS - start))" "$status"
     } | tee -a "$report" | tail -n 25
-    if [ "$status" = 124 ]; then
+    if [ "$status" = 124 ] || [ "$status" = 137 ]; then
         skipped+=("$name (stopped after $limit s)")
     elif [ "$status" != 0 ]; then
         failed+=("$name (status $status)")
@@ -154,7 +155,7 @@ bench() {
 # shellcheck disable=SC2086,SC2046  # the options are lists of words
 {
     # Tests that require a GPU have `gpu` in their names. Few threads leave the CPU to the other parts.
-    part tests 200 env OMP_NUM_THREADS=2 "$PYTHON" -m pytest -q -p no:cacheprovider -rf --tb=short -k gpu \
+    part tests 400 env OMP_NUM_THREADS=2 "$PYTHON" -m pytest -q -p no:cacheprovider -rf --tb=short --durations=10 -k gpu \
         tests/gpu $(grep -rl 'needs a GPU' tests --include 'test_*.py' --exclude-dir bench --exclude-dir gpu)
     part quickstart 150 "$PYTHON" -m rpo_trainer run recipes/quickstart/chain.yaml --run-dir "$WORK/quickstart" \
         --no-report $quickstart
@@ -163,22 +164,22 @@ bench() {
     bench k4 90 step.py $model $half $k4 --k 4 $peers
     bench memory 100 step.py $model $half $uf $lengths --memory $peers
     if [ -n "${MODEL:-}" ]; then
-        part chain 500 env MODEL="$MODEL" DATA="${DATA:-}" RUN="$WORK/chain" PYTHON="$PYTHON" MEASURE="$measure" \
+        part chain 420 env MODEL="$MODEL" DATA="${DATA:-}" RUN="$WORK/chain" PYTHON="$PYTHON" MEASURE="$measure" \
             sh recipes/real/short.sh --no-report $chain
     elif [ -z "$ONLY" ]; then
         skipped+=("chain (no MODEL)")
     fi
     bench plan 60 planned.py $plan
     bench plan-lora 90 planned.py $plan_lora
-    bench sample 90 sample.py $sample
+    bench sample 110 sample.py $sample
+    bench sft 90 sft.py $model $half $sft $peers
+    [ "$device" = cpu ] || bench attention 90 attention.py --rounds 2
+    bench scaling 90 scaling.py $model $half $scaling
+    bench tile 90 scaling.py --over tile $model $half $tile
     bench compile 100 step.py $model $half $uf $lengths --peers ours-compiled
     bench head 60 head.py $head $half
-    [ "$device" = cpu ] || bench attention 90 attention.py --rounds 2
     bench ratio2 90 step.py $model $half $ratio2 $peers
-    bench sft 90 sft.py $model $half $sft $peers
     bench ablation 60 ablation.py $model $half $ablation
-    bench tile 90 scaling.py --over tile $model $half $tile
-    bench scaling 90 scaling.py $model $half $scaling
 }
 
 {

@@ -110,6 +110,7 @@ def generate_batch(work: Work, longest: int) -> list[int]:
     """Sample with continuous batching; the manager is kept, so that only the first call starts it.
 
     This replaces the model's `generate_batch`, which in transformers 5.17 returns one response per prompt.
+    The cache has room for the batch only; by default, it takes most of the memory.
 
     Raises:
         RuntimeError: if some responses are missing.
@@ -117,18 +118,17 @@ def generate_batch(work: Work, longest: int) -> list[int]:
     from transformers import ContinuousBatchingConfig
     from transformers.generation.continuous_batching.utils import WorkloadHints
 
-    room = {"max_memory_percent": 0.4} if DEVICE == "cuda" else _small_cache(work)
     wanted, found = len(work.ids) * work.k, []
     width = max(map(len, work.ids))
     with work.model.continuous_batching_context_manager(
-        generation_config=work.config(longest),
+        generation_config=work.config(work.longest),
         continuous_batching_config=ContinuousBatchingConfig(
-            max_requests_per_batch=work.batch, **room
+            max_requests_per_batch=work.batch, **_cache_size(work)
         ),
         persistent_manager=True,
         timeout=5,
         workload_hints=WorkloadHints(
-            max_prompt_length=width, max_generated_length=longest, num_requests=wanted
+            max_prompt_length=width, max_generated_length=work.longest, num_requests=wanted
         ),
     ) as manager:
         manager.add_requests(inputs=work.ids, max_new_tokens=longest)
@@ -148,11 +148,12 @@ def generate_batch(work: Work, longest: int) -> list[int]:
     return found
 
 
-def _small_cache(work: Work) -> dict[str, int]:
-    """Size the cache for the batch only: on a CPU, the default takes most of the machine's memory."""
+def _cache_size(work: Work) -> dict[str, int]:
+    """Return a cache size with room for the batch, and for a prefill of up to 4,096 tokens on a GPU."""
     block, width = 256, max(map(len, work.ids))
     blocks = work.batch * (-(-(width + work.longest) // block) + 1)
-    return {"block_size": block, "num_blocks": blocks, "max_batch_tokens": max(1024, width)}
+    tokens = max(4096 if DEVICE == "cuda" else 1024, width)
+    return {"block_size": block, "num_blocks": blocks, "max_batch_tokens": tokens}
 
 
 PEERS: dict[str, Engine] = {"generate": generate, "generate_batch": generate_batch}
@@ -269,31 +270,37 @@ def main() -> None:
 def compare(
     case: Case, work: Work, args: argparse.Namespace, speed: float | None
 ) -> dict[str, Any]:
-    """Run all engines in turn; print and return the results."""
+    """Run all engines in turn, and print each time at once; print and return the results."""
     engines: dict[str, Engine] = {"ours": ours, **{name: PEERS[name] for name in args.peers}}
     skipped: dict[str, str] = {}
     rates: dict[str, list[float]] = {name: [] for name in engines}
     lengths: dict[str, list[int]] = {name: [] for name in engines}
+    print(f"{case.name}, batch {work.batch}, at most {work.longest} new tokens", flush=True)
     for turn in range(args.rounds + 1):
         for name, engine in engines.items():
             if name in skipped:
                 continue
-            # Continuous batching sizes its cache for the first request.
-            short = turn == 0 and name != "generate_batch"
             wait()
             start = time.perf_counter()
             try:
                 with quiet():
-                    found = engine(work, _WARM_UP if short else work.longest)
+                    found = engine(work, work.longest if turn else _WARM_UP)
             except Exception as error:
                 if name == "ours":
                     raise
                 first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 skipped[name] = f"{type(error).__name__}: {first[:300]}"
+                print(f"  {name:14} skipped: {skipped[name]}", flush=True)
                 continue
             wait()
+            seconds = time.perf_counter() - start
+            print(
+                f"  {name:14} {f'round {turn}' if turn else 'warm-up'}: "
+                f"{sum(found):,} tokens in {seconds:.1f} s",
+                flush=True,
+            )
             if turn:
-                rates[name].append(sum(found) / (time.perf_counter() - start))
+                rates[name].append(sum(found) / seconds)
                 lengths[name] += found
     with contextlib.suppress(AttributeError):
         work.model.destroy_cached_continuous_batching_manager()
@@ -302,11 +309,7 @@ def compare(
     # Our rate divided by the peer's
     ratios = {name: record.spread(rates[name], rates["ours"]) for name in ran if name != "ours"}
     most = limit(work, mean["ours"], speed) if speed else None
-    print(f"{case.name}, batch {work.batch}, at most {work.longest} new tokens")
-    for name in engines:
-        if name in skipped:
-            print(f"  {name:14} skipped: {skipped[name]}")
-            continue
+    for name in ran:
         print(
             f"  {name:14} {statistics.median(rates[name]):10,.0f} tokens/s   mean length {mean[name]:6.1f}"
             + (f"   {statistics.median(rates[name]) / most:5.1%} of the limit" if most else "")

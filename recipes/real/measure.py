@@ -121,6 +121,9 @@ def main() -> None:
     print(HEADER, flush=True)
     found = {}
     for name in options.stages.split(",") if options.stages else policies:
+        if name not in policies:
+            print(f"{name} is not a finished stage of this run", flush=True)
+            continue
         found[name] = measure(policies[name], rows, spec)
         print(line(name, found[name]), flush=True)
         (options.run / "tasks.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
