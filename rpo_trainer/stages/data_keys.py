@@ -26,11 +26,23 @@ DATA_FIELDS = (
 )  # fmt: skip
 
 
-def stage_settings(stage: Stage) -> dict[str, Any]:
-    """Return the settings of a stage that its rows and examples depend on, without seed and evaluation."""
-    return {
+# Fields of `data` that scored rows replace.
+_SCORED_FIELDS = ("train", "dedup", "generate", "score", "responses_from", "resample")
+
+
+def stage_settings(stage: Stage, *, scored: bool = False) -> dict[str, Any]:
+    """Return the settings of a stage that its rows and examples depend on, without seed and evaluation.
+
+    Args:
+        scored: whether the key also has a digest of scored rows, which replace the sources. All rounds that
+            use the same responses then have the same settings.
+    """
+    found: dict[str, Any] = {
         name: value for name, value in stage.model_dump(mode="json").items() if name in DATA_FIELDS
     }
+    if scored:
+        found["data"] = {k: v for k, v in found["data"].items() if k not in _SCORED_FIELDS}
+    return found
 
 
 class SourceDigests:

@@ -114,7 +114,8 @@ class StagePreparer(StageRows):
     def build(self, stage: Stage, scored: ScoredData | None = None) -> str:
         """Tokenize the examples of a stage unless the store has them, and return their key; see `prepare`."""
         key = content_key(
-            "examples", stage_settings(stage), self.seed(stage), self.sources_of(stage),
+            "examples", stage_settings(stage, scored=scored is not None), self.seed(stage),
+            self.sources_of(stage) if scored is None else self.digests.of(stage.data.eval),
             self._evaluation_key(stage), self._tokenizer_digest, None if scored is None else scored.digest,
         )  # fmt: skip
         self.store.entry(key, lambda folder: self._build(stage, scored, folder), _what(stage))

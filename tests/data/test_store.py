@@ -15,6 +15,7 @@ import pytest
 
 from rpo_trainer.data.store import DataStore, StoredRows, write_stored_rows
 
+
 def written(text: str) -> Callable[[Path], None]:
     def build(folder: Path) -> None:
         (folder / "file").write_text(text)
