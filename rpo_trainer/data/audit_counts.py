@@ -25,6 +25,7 @@ class AuditCounts:
         left_out: rows that are neither used nor dropped, by reason and source.
         extra_columns: all columns that are not read.
         unread_columns: those of `extra_columns` that would change what is trained.
+        known_lengths: quantiles of lengths, where the lengths themselves are no longer known.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,12 @@ class AuditCounts:
         self.replay: dict[str, Any] = {}
         self.ratings: dict[str, dict[str, Any]] = {}
         self.overlap: dict[str, int] = {}
+        self.known_lengths: dict[str, dict[str, float]] = {}
         self._lengths: dict[str, list[int]] = {}
+
+    def adopt(self, other: AuditCounts) -> None:
+        """Take the counts of another audit of the same rows."""
+        self.__dict__.update(other.__dict__)
 
     def add_read(self, source: str, rows: int) -> None:
         self.read[source] = self.read.get(source, 0) + rows
@@ -146,7 +152,8 @@ class AuditCounts:
 
         The first two are of the examples kept, the last of the rows longer than max_length.
         """
-        return {name: quantiles(sorted(values)) for name, values in self._lengths.items()}
+        found = {name: quantiles(sorted(values)) for name, values in self._lengths.items()}
+        return {**self.known_lengths, **found}
 
     def as_dict(self) -> dict[str, Any]:
         """Return all counts as JSON-compatible values."""
