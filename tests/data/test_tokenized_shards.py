@@ -86,6 +86,7 @@ def test_the_examples_are_memory_mapped(chatml: Any, tmp_path: Path) -> None:
     assert len(pickle.dumps(again)) < 20_000 + 1000 * len(again.data.blocks)
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_shards_that_are_not_tokenized_again(
     chatml: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, injected: Injected
 ) -> None:
