@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from rpo_trainer.chain.time_left import TimeLeft
 from rpo_trainer.runtime import distributed
+from rpo_trainer.runtime.row_progress import duration, shown_in
 from rpo_trainer.runtime.terminal import console, handlers_redirected, is_interactive
 
 if TYPE_CHECKING:
@@ -33,13 +34,6 @@ _SHOWN = {
 _HELD_OUT = _SHOWN | dict.fromkeys(("rewards/accuracies", "accuracy"), "pair accuracy")
 _LABEL = 20  # columns of a stage's name
 _REDRAWN = 0.1  # seconds between two drawings
-
-
-def duration(seconds: float) -> str:
-    """Format seconds as `03:07`, or as `1:03:07` from one hour on."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute:02}:{second:02}"
 
 
 class ChainProgress:
@@ -77,7 +71,7 @@ class ChainProgress:
         )  # fmt: skip
         self.live = live
         try:
-            with live, handlers_redirected():
+            with live, handlers_redirected(), shown_in(self.rows):
                 yield
         finally:
             self.live = None
@@ -95,6 +89,11 @@ class ChainProgress:
     def phase(self, text: str) -> None:
         """Show what the stage does now, other than training."""
         self._phase, self._steps, self.metrics = text, None, ""
+        self.draw()
+
+    def rows(self, text: str) -> None:
+        """Show the progress of work on rows below the bars, see `RowProgress`."""
+        self.metrics = text
         self.draw()
 
     def step(self, done: int, planned: int) -> None:
@@ -121,7 +120,7 @@ class ChainProgress:
         from rich.text import Text
 
         if not self._number:
-            return Text("checking", "dim")
+            return Text("\n".join(filter(None, ("checking", self.metrics))), "dim")
         state = self._phase
         if self._steps is not None:
             state = "step {}/{}".format(*self._steps) + _left(self.time_left.of_training())

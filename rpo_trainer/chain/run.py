@@ -22,7 +22,7 @@ from rpo_trainer.chain.finished import check_finished, check_starts
 from rpo_trainer.chain.input_files import Digests, InputFiles
 from rpo_trainer.chain.models import Models
 from rpo_trainer.chain.outputs import output_record, remove_exact, write_output
-from rpo_trainer.chain.progress import ChainProgress, duration
+from rpo_trainer.chain.progress import ChainProgress
 from rpo_trainer.chain.run_dir import ReplacedRun, locked, open_run_dir
 from rpo_trainer.chain.same_examples import check_same_examples
 from rpo_trainer.chain.selection import default_run_dir
@@ -42,6 +42,7 @@ from rpo_trainer.recipe import LoadedRecipe, Stage, dump_resolved, fill_from_env
 from rpo_trainer.runtime import distributed
 from rpo_trainer.runtime.cores import OtherProcesses, limit_threads
 from rpo_trainer.runtime.devices import empty_cache, has_accelerator
+from rpo_trainer.runtime.row_progress import duration
 from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.hub import push_output
 from rpo_trainer.stages.inputs import StageInputs, source_digests

@@ -44,11 +44,13 @@ Render and tokenize:
   encode            text → token ids and masks
   tokenize          rows → tokenized examples in Arrow
   tokenize_batch    tokenize one batch of rows
+  tokenized_shards  tokenized examples in a directory, memory-mapped
   parallel_map      run batches in several processes
 
 Count and show:
   audit             report of rows read, kept and dropped, and of warnings
   audit_counts      the counts of the audit
+  audit_json        the audit as JSON and back
   counts            counts by reason, and their texts
   judge_bias        position and length bias of a judge
   token_view        colored view of tokens

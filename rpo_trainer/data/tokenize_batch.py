@@ -60,6 +60,7 @@ class TokenizedBatch:
     table: Any
     audit: Audit
     problems: RowProblems
+    rows: int
 
 
 class BatchTokenizer:
@@ -87,7 +88,7 @@ class BatchTokenizer:
 
         self.audit, self.problems = Audit(), RowProblems()
         table = pa.Table.from_pylist(self._examples(batch), schema=schema(self.kind))
-        return TokenizedBatch(table, self.audit, self.problems)
+        return TokenizedBatch(table, self.audit, self.problems, len(batch))
 
     def _examples(self, batch: Sequence[Row]) -> list[Row]:
         rendered: list[tuple[Row, list[Rendered]]] = []

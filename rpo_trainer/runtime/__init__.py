@@ -10,6 +10,7 @@ files           atomic writes and digests
 file_errors     library errors about damaged files, as a ModelError
 hub_access      which names can be on the Hugging Face Hub, and whether it answers
 terminal        the console that log lines and progress bars share; lines wrapped at words
+row_progress    bars or log lines for work on many rows
 harmless_lines  lines of other libraries that are hidden, by logger and text
 json_records    dataclasses in JSON files, with type checks
 """

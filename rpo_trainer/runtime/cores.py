@@ -33,12 +33,16 @@ def shorten_waits() -> None:
         os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
-def usable_cores() -> int:
-    """Return the cores for this process: its affinity, limited by cgroup quotas, divided by local ranks."""
+def usable_cores(*, divided: bool = True) -> int:
+    """Return the cores for this process: its affinity, limited by cgroup quotas, divided by local ranks.
+
+    Args:
+        divided: False: the other local ranks wait, so that their cores are free.
+    """
     cores = float(_affinity())
     if quotas := _quotas():
         cores = min(cores, *quotas)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if divided else 1
     return max(1, math.ceil(cores) // ranks)
 
 

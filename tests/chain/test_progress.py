@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from rpo_trainer.chain import progress, time_left
-from rpo_trainer.chain.progress import ChainProgress, StageProgress, duration
+from rpo_trainer.chain.progress import ChainProgress, StageProgress
 from rpo_trainer.chain.time_left import TimeLeft
-from rpo_trainer.runtime import terminal
+from rpo_trainer.runtime import row_progress, terminal
+from rpo_trainer.runtime.row_progress import RowProgress
 
 ARGS = SimpleNamespace(examples_per_step=lambda: 32)
 LOGS = {"loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 0.75, "grad_norm": 1}
@@ -195,11 +196,23 @@ def test_other_ranks_are_quiet(
     assert screen.getvalue() == "" and caplog.messages == []
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "00:00"), (59.6, "01:00"), (187, "03:07"), (3787, "1:03:07")]
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
+def test_work_on_rows_is_a_line_below_the_bars(clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_progress, "time", SimpleNamespace(monotonic=lambda: clock.value))
+    chain, screen = chain_at(3), Terminal()
+
+    def lines() -> list[str]:
+        found = terminal.console().render_lines(chain.render())
+        return ["".join(part.text for part in line).rstrip() for line in found]
+
+    with redirect_stderr(screen), chain.shown():
+        for begin, above in ((lambda: None, 1), (lambda: chain.begin(3, "stage-3"), 2)):
+            begin()
+            with RowProgress(300, "tokenizing") as bar:
+                clock.value += 10
+                bar.advance(100)
+                assert lines()[above:] == ["tokenizing: 100 of 300 rows, 10 rows/s, 00:20 left"]
+            assert len(lines()) == above
+    assert "tokenizing" in screen.getvalue()
 
 
 def test_the_chain_does_not_move_back_while_a_stage_is_evaluated(clock: Any) -> None:

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,18 +18,12 @@ from rpo_trainer.data import Audit, tokenize, tokenize_rows
 from rpo_trainer.data import parallel_map as module
 from rpo_trainer.data.parallel_map import map_batches, processes_for
 from rpo_trainer.errors import DataError, Problems
+from rpo_trainer.runtime import cores
 from tests.conftest import Injected
+from tests.data import parallel_work as work
 from tests.raising import raises, with_code
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are used on Linux alone")
-
-
-def square(numbers: list[int]) -> list[int]:
-    return [n * n for n in numbers]
-
-
-def where(_: int) -> int:
-    return os.getpid()
+ROOT = Path(__file__).parents[2]
 
 
 def rows(n: int, **bad: Any) -> list[dict[str, Any]]:
@@ -53,11 +52,10 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenize, "BATCH", 7)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_the_same_examples_and_counts(chatml: Any, processes: int) -> None:
+def test_the_same_examples_and_counts(chatml: Any) -> None:
     given = rows(100)
     alone, counts = tokenized(given, chatml, 1)
-    several, others = tokenized(given, chatml, processes)
+    several, others = tokenized(given, chatml, 3)
     assert several.to_list() == alone.to_list()
     assert others.as_dict() == counts.as_dict()
     assert others.summary_lines() == counts.summary_lines()
@@ -73,7 +71,7 @@ def test_the_same_errors(chatml: Any) -> None:
         given[i]["messages"][1]["content"] = chr(0xF0000)
     given[61]["messages"][1]["tool_calls"] = [{"arguments": {}}]
     messages = []
-    for processes in (1, 3):
+    for processes in (1, 2):
         with pytest.raises(Problems) as error:
             tokenized(given, chatml, processes)
         messages.append(str(error.value))
@@ -95,44 +93,128 @@ def test_an_error_of_the_work_is_raised_unchanged(plain_text: Any) -> None:
 
 def test_order_and_where_the_work_is_done() -> None:
     batches = [[i, i + 1] for i in range(20)]
-    assert list(map_batches(square, batches, 3)) == [square(batch) for batch in batches]
-    assert os.getpid() not in set(map_batches(where, range(20), 2))
-    assert set(map_batches(where, range(20), 1)) == {os.getpid()}
+    assert list(map_batches(work.square, batches, 3)) == [work.square(batch) for batch in batches]
+    assert os.getpid() not in set(map_batches(work.where, range(20), 2))
+    assert set(map_batches(work.where, range(20), 1)) == {os.getpid()}
 
 
 def test_a_killed_process_loses_no_batch(
     caplog: pytest.LogCaptureFixture, injected: Injected
 ) -> None:
-    parent = os.getpid()
-
-    def work(number: int) -> int:
-        if number == 5 and os.getpid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return number * 10
-
-    assert list(map_batches(work, range(12), 2)) == [10 * n for n in range(12)]
+    found = map_batches(work.Killed(os.getpid()), range(12), 2)
+    assert list(found) == [10 * n for n in range(12)]
     (record,) = caplog.records
     assert record.levelname == "WARNING" and record.name == "rpo_trainer.data.parallel_map"
     injected("SIGKILL of a process that tokenizes", "survived")
 
 
-def test_signals_are_for_the_parent() -> None:
-    def handlers(_: int) -> tuple[Any, Any]:
-        return signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+def test_a_tokenizer_that_cannot_be_pickled(caplog: pytest.LogCaptureFixture) -> None:
+    lock = threading.Lock()
 
-    mine = handlers(0)
-    found = list(map_batches(handlers, range(4), 2))
-    assert set(found) == {(signal.SIG_IGN, signal.SIG_DFL)}
-    assert handlers(0) == mine
+    def locked(number: int) -> tuple[int, int]:
+        with lock:
+            return number, os.getpid()
+
+    assert list(map_batches(locked, range(3), 2)) == [(n, os.getpid()) for n in range(3)]
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.name == "rpo_trainer.data.parallel_map"
+
+
+def test_signals_are_for_the_parent() -> None:
+    mine = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    found = list(map_batches(work.handlers, range(4), 2))
+    assert set(found) == {(signal.SIG_IGN, signal.SIG_DFL, "false")}
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == mine
+
+
+def test_few_batches_are_held_at_once() -> None:
+    read = 0
+
+    def batches() -> Iterator[list[int]]:
+        nonlocal read
+        for read in range(1, 21):
+            yield [read]
+
+    ahead = []
+    for number, _ in enumerate(map_batches(work.square, batches(), 2), 1):
+        ahead.append(read - number)
+    assert max(ahead) == 3  # processes + 1
+
+
+SCRIPT = """
+import os, sys, threading
+from pathlib import Path
+from rpo_trainer.data.parallel_map import map_batches
+from tests.data import parallel_work as work
+
+print("started", flush=True)
+if sys.argv[1] == "map":
+    found = list(map_batches(work.square, [[1], [2], [3]], 2))
+    assert found == [[1], [4], [9]], found
+else:
+    list(map_batches(work.Recorded(Path(sys.argv[2])), range(4), 2))
+"""
+
+
+def script(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.Popen(
+        [sys.executable, str(path), *arguments], env=env, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
+def test_a_script_without_a_main_guard(tmp_path: Path) -> None:
+    """The processes do not run the script: it would print twice, and start processes without end."""
+    process = script(tmp_path, "map")
+    out, error = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "started\n"), error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_with_their_parent(
+    tmp_path: Path, number: signal.Signals, injected: Injected
+) -> None:
+    folder = tmp_path / "processes"
+    folder.mkdir()
+    process = script(tmp_path, "block", str(folder))
+    until(lambda: len([*folder.iterdir()]) == 2)
+    workers = [int(path.name) for path in folder.iterdir()]
+    process.send_signal(number)
+    assert process.wait(timeout=30) != 0
+    until(lambda: not any(map(alive, workers)))
+    if number == signal.SIGKILL:
+        injected("SIGKILL of the parent of processes that tokenize", "survived")
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(reached: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_how_many_processes_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    assert [processes_for(n) for n in (0, 1, 7, 8, 40, 1000)] == [1, 1, 1, 2, 10, module.MOST]
+    monkeypatch.setattr(cores, "_affinity", lambda: 64)
+    monkeypatch.setattr(cores, "_quotas", lambda: [])
+    each = module.ROWS_EACH
+    found = [processes_for(n) for n in (0, 1, 2 * each - 1, 2 * each, 10 * each, 1000 * each)]
+    assert found == [1, 1, 1, 2, 10, module.MOST]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert processes_for(1000) == 8
+    assert processes_for(1000 * each) == 8
+    assert processes_for(1000 * each, alone=True) == module.MOST
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert processes_for(1000) == 1
-    monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert processes_for(1000) == 1
+    assert processes_for(1000 * each) == 1
