@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import errno
+import importlib.metadata
 import json
 import logging
 import os
@@ -25,7 +26,6 @@ from typing import Any, overload
 
 from filelock import FileLock, Timeout
 
-import rpo_trainer
 from rpo_trainer.data.rows import Row
 from rpo_trainer.runtime.files import atomic_write
 
@@ -142,7 +142,11 @@ class DataStore:
 
 
 def _version() -> list[Any]:
-    return [rpo_trainer.__version__, _FORMAT]
+    try:
+        package = importlib.metadata.version("rpo-trainer")
+    except importlib.metadata.PackageNotFoundError:  # imported from a directory
+        package = ""
+    return [package, _FORMAT]
 
 
 def _is_read_only(error: OSError) -> bool:

@@ -169,6 +169,19 @@ def open_tokenized(folder: Path) -> datasets.Dataset | None:
         return mapped(folder, found)
 
 
+def require_tokenized(folder: Path) -> datasets.Dataset:
+    """Return the examples of `open_tokenized`; DataError if a file is damaged or absent."""
+    if (found := open_tokenized(folder)) is None:
+        raise DataError(
+            "the tokenized examples are damaged",
+            code="data.tokenized-files",
+            where=str(folder),
+            why="a file has been changed or removed since they were written",
+            fix="remove the directory; the examples are then tokenized again",
+        )
+    return found
+
+
 def mapped(folder: Path, shards: Sequence[Shard]) -> datasets.Dataset:
     """Return the examples of all shards, memory-mapped."""
     import datasets

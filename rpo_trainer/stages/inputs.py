@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -195,7 +195,7 @@ def fitted_stage(stage: Stage, audit: Audit) -> Stage:
 
 def tokenize_stage(
     stage: Stage,
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerBase,
     audit: Audit,
     folder: Path | None = None,

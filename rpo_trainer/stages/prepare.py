@@ -20,7 +20,8 @@ from rpo_trainer.data import Audit, encode_prompt, tokenize_rows
 from rpo_trainer.data.audit_json import audit_from_json, audit_to_json
 from rpo_trainer.data.resumable_rows import content_key
 from rpo_trainer.data.rows import Row, RowError
-from rpo_trainer.data.tokenize import open_tokenized
+from rpo_trainer.data.tokenize import released
+from rpo_trainer.data.tokenized_shards import require_tokenized
 from rpo_trainer.data.tokenizer_digest import tokenizer_digest
 from rpo_trainer.errors import DataError
 from rpo_trainer.models.loading import load_config, load_tokenizer
@@ -131,10 +132,10 @@ class StagePreparer(StageRows):
         folder = self.store.entry(key, lambda f: self._build(stage, scored, f), _what(stage))
         kept = json.loads((folder / _INPUTS).read_text(encoding="utf-8"))
         audit = audit_from_json(kept["audit"])
-        train, held_out = open_tokenized(folder / _TRAIN), None
+        train, held_out = require_tokenized(folder / _TRAIN), None
         if kept["held_out"] is not None:
             held_out = HeldOut(
-                open_tokenized(folder / _HELD_OUT), audit_from_json(kept["held_out"])
+                require_tokenized(folder / _HELD_OUT), audit_from_json(kept["held_out"])
             )
         self.steps[stage.name] = steps_of(stage, len(train))
         return StageInputs(
@@ -157,10 +158,15 @@ class StagePreparer(StageRows):
                 self.tokenizer,
                 held_audit,
                 folder / _HELD_OUT,
-                f"{label} held-out data",
+                f"{label} tokenizing held-out data",
             )
         train = tokenize_stage(
-            stage, rows, self.tokenizer, audit, folder / _TRAIN, f"{label} training data"
+            stage,
+            released(rows) if isinstance(rows, list) else rows,
+            self.tokenizer,
+            audit,
+            folder / _TRAIN,
+            f"{label} tokenizing training data",
         )
         kept = {
             "audit": audit_to_json(audit),

@@ -126,9 +126,9 @@ def tokenized(
             audit=audit,
             kind=kind,
             max_length=max_length,
-            truncation=args.truncation,  # type: ignore[arg-type]
-            special_tokens=special_tokens,  # type: ignore[arg-type]
-            chat_template_kwargs=args.chat_template_kwargs,  # type: ignore[arg-type]
+            truncation=args.truncation,
+            special_tokens=special_tokens,
+            chat_template_kwargs=args.chat_template_kwargs,
             **options,
         )
     if args.process_index == 0:

@@ -15,7 +15,8 @@ from rpo_trainer.data.audit_json import audit_from_json, audit_to_json
 from rpo_trainer.data.pipeline import rows_by_number
 from rpo_trainer.data.resumable_rows import content_key
 from rpo_trainer.data.store import DataStore
-from rpo_trainer.data.tokenize import TOKENIZED, open_tokenized
+from rpo_trainer.data.tokenize import TOKENIZED
+from rpo_trainer.data.tokenized_shards import require_tokenized
 from rpo_trainer.data.tokenizer_digest import tokenizer_digest
 
 _EXAMPLES, _AUDIT = "examples", "audit.json"
@@ -56,7 +57,7 @@ def stored_examples(
             tokenizer,
             audit=counts,
             folder=folder / _EXAMPLES,
-            label=f"{name} data",
+            label=f"tokenizing {name} data",
             **options,
         )
         (folder / _AUDIT).write_text(json.dumps(audit_to_json(counts)), encoding="utf-8")
@@ -64,7 +65,7 @@ def stored_examples(
 
     entry = store.entry(key, build, f"the {name} data")
     audit.adopt(audit_from_json(json.loads((entry / _AUDIT).read_text(encoding="utf-8"))))
-    return open_tokenized(entry / _EXAMPLES)
+    return require_tokenized(entry / _EXAMPLES)
 
 
 def _columns(dataset: Any) -> set[str]:
