@@ -17,12 +17,12 @@ from transformers import PreTrainedTokenizerBase
 from rpo_trainer.data import (
     Audit,
     add_replay,
-    encode_prompt,
     filter_rows,
     load_rows,
     tokenize_rows,
 )
 from rpo_trainer.data.duplicates import prompt_key
+from rpo_trainer.data.encode import PromptEncoder
 from rpo_trainer.data.rows import Kind, Row, RowError
 from rpo_trainer.errors import DataError
 from rpo_trainer.models.loading import load_config, load_tokenizer
@@ -289,13 +289,13 @@ class StagePreparer:
             DataError: the chat template cannot render a prompt.
         """
         found = []
+        encoder = PromptEncoder(self.tokenizer)
         for row in rows:
             try:
                 parsed = row.get("special_tokens") == "parse"
-                ids = encode_prompt(
-                    self.tokenizer, row["prompt"], row.get("tools"), parsed=parsed,
-                    template_kwargs=row.get(COLUMN),
-                )  # fmt: skip
+                ids = encoder.ids(
+                    row["prompt"], row.get("tools"), parsed=parsed, template_kwargs=row.get(COLUMN)
+                )
                 found.append(ids)
             except RowError as error:
                 raise DataError(
