@@ -107,7 +107,7 @@ class DataChecks:
         if self.models.config is not None and spec.policies:
             with self.findings.collected():
                 where = f"{where}.max_new_tokens"
-                check_room(self.models.config, encoded, spec.max_new_tokens, where=where)
+                check_room(self.models.config, map(len, encoded), spec.max_new_tokens, where=where)
 
     # --- scorers ---
 

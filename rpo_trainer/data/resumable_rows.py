@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -23,10 +22,10 @@ from rpo_trainer.data.rows import Row
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.runtime.files import atomic_write, verify_digest, write_with_digest
 from rpo_trainer.runtime.ranks import ALONE, Ranks
+from rpo_trainer.runtime.row_progress import RowProgress
 
 logger = logging.getLogger(__name__)
 
-_REPORT_SECONDS = 15.0
 _GIVE_UP = 20  # consecutive failures after which the service, not the rows, is at fault
 
 
@@ -57,12 +56,28 @@ Shard = tuple[int, int]  # (rank, ranks)
 Work = Callable[[Sequence[int], Shard], Iterator[Done]]
 
 
-def content_key(*parts: Any) -> str:
-    """Return the xxh3-64 digest of JSON-compatible values."""
-    return str(xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True, default=str).encode()))
-
-
 Assemble = Callable[[Sequence[dict[str, Any]]], list[Row]]
+
+_KEYED = json.JSONEncoder(sort_keys=True, default=str)
+
+
+def content_key(*parts: Any) -> str:
+    """Return the xxh3-64 digest of JSON-compatible values: of the JSON text of the list of all parts.
+
+    The items of a part that is a sequence, such as rows, are read one by one.
+    """
+    digest = xxhash.xxh3_64(b"[")
+    for number, part in enumerate(parts):
+        digest.update(b", " if number else b"")
+        if isinstance(part, Sequence) and not isinstance(part, str | bytes):
+            digest.update(b"[")
+            for place, item in enumerate(part):
+                digest.update(((", " if place else "") + _KEYED.encode(item)).encode())
+            digest.update(b"]")
+        else:
+            digest.update(_KEYED.encode(part).encode())
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def map_rows_resumable(
@@ -120,37 +135,47 @@ def write_rows_resumable(
         ids: names of the units in messages.
         work: takes the indices of pending units and this process's shard of them; yields results in any
             order.
-        assemble: converts the results of all units, in order, to rows.
+        assemble: converts the results of all units, in order, to rows; called on the first process only.
         key: digest of everything the results depend on; unfinished results with another key are refused.
         what: participle that names the work in messages ("scored").
         label: prefix of log messages, such as the name of a stage.
         then: called with the rows after they are written, before the unfinished results are removed.
         with_digest: see `write_rows`.
-        ranks: processes that share the work; all of them must call this function.
+        ranks: processes that share the work and the directory; all of them must call this function.
 
     Raises:
         DataError: units have failed; the results of the others are kept.
-        RunError: unfinished results of other rows or settings exist, or the service is down.
+        RunError: unfinished results of other rows or settings exist, the service is down, or the processes
+            do not share the directory.
     """
-    failures = _Failures(what, ids, f"{label} " if label else "")
+    prefix = f"{label} " if label else ""
+    failures = _Failures(what, ids)
+    alone, main = ranks.world_size() == 1, ranks.rank() == 0
     with ranks.raise_on_all_ranks():
         # All processes read before any of them writes: a run may resume with a different number of processes.
         found = read_partials(path, key, len(ids))
     pending = [i for i in range(len(ids)) if i not in found]
     if found and pending:
-        logger.info("%s%d of %d rows already %s", failures.label, len(found), len(ids), what)
+        logger.info("%s%d of %d rows already %s", prefix, len(found), len(ids), what)
+    if not alone:
+        found.clear()
     ranks.barrier()
+    shard = ranks.rank(), ranks.world_size()
     with ranks.raise_on_all_ranks():
         path.parent.mkdir(parents=True, exist_ok=True)
         own = partial_path(path, ranks.rank())
-        found |= _run_pending(own, key, work, pending, (ranks.rank(), ranks.world_size()), failures)
+        done = len(ids) - len(pending)
+        with RowProgress(len(ids), f"{prefix}{what}", show=main, done=done) as progress:
+            found |= _run_pending(own, key, work, pending, shard, failures, progress)
     failures.reasons = ranks.all_gather_dict(failures.reasons)
-    found = ranks.all_gather_dict(found)
     with ranks.raise_on_all_ranks():
         failures.raise_if_any(path)
-    rows = assemble([found[i] for i in range(len(ids))])
+    rows: list[Row] = []
 
     def finish() -> None:
+        # The results of other processes are read from their files: they need not be in memory everywhere.
+        results = found if alone else _from_all_ranks(path, key, len(ids))
+        rows.extend(assemble([results[i] for i in range(len(ids))]))
         write_rows(path, rows, with_digest=with_digest)
         if then is not None:
             then(rows)
@@ -158,7 +183,7 @@ def write_rows_resumable(
             partial.unlink()
 
     ranks.on_main(finish)
-    return rows
+    return rows if main else read_rows(path)
 
 
 def _run_pending(
@@ -168,8 +193,13 @@ def _run_pending(
     pending: Sequence[int],
     shard: Shard,
     failures: _Failures,
+    progress: RowProgress,
 ) -> dict[int, dict[str, Any]]:
-    """Do this process's shard of the pending work, and write each result as it arrives."""
+    """Do this process's shard of the pending work, and write each result as it arrives.
+
+    Returns:
+        The results by index; none if there are other processes.
+    """
     found: dict[int, dict[str, Any]] = {}
     if not pending:
         return found
@@ -180,12 +210,28 @@ def _run_pending(
                 failures.add(done.index, done.failed)
             else:
                 assert done.fields is not None
-                found[done.index] = done.fields
+                if shard[1] == 1:
+                    found[done.index] = done.fields
                 partial.write(done.index, done.fields)
                 failures.in_a_row = 0
-            failures.show(len(failures.ids) - len(pending) + len(found))
+            # The other processes have about as many results.
+            progress.advance(min(shard[1], len(failures.ids) - progress.done))
     finally:
         partial.close()
+    return found
+
+
+def _from_all_ranks(path: Path, key: str, total: int) -> dict[int, dict[str, Any]]:
+    """Return all results from the files of all processes."""
+    found = read_partials(path, key, total)
+    if len(found) < total:
+        raise RunError(
+            f"{total - len(found)} of {total} results of other processes are not in the directory",
+            code="output.results-missing",
+            where=str(path.parent),
+            why="the first process assembles the file from the unfinished results of all processes",
+            fix="write to a file system that all nodes share, and run the same command again",
+        )
     return found
 
 
@@ -226,10 +272,8 @@ class _Failures:
 
     what: str
     ids: Sequence[str]
-    label: str
     reasons: dict[int, str] = field(default_factory=dict)
     in_a_row: int = 0
-    _shown: float = field(default_factory=time.monotonic)
 
     def add(self, index: int, failed: RowFailed) -> None:
         self.reasons[index] = str(failed)
@@ -241,11 +285,6 @@ class _Failures:
                 why="the results so far are kept",
                 fix="fix the service, and run the same command again",
             )
-
-    def show(self, finished: int) -> None:
-        if time.monotonic() - self._shown > _REPORT_SECONDS:
-            self._shown = time.monotonic()
-            logger.info("%s%d of %d rows %s", self.label, finished, len(self.ids), self.what)
 
     def raise_if_any(self, path: Path) -> None:
         if not self.reasons:

@@ -1,7 +1,8 @@
 """Sample and score responses, build preference rows from them, and fit the scale of the rewards.
 
 - Sample: `policies` (prompt rows → response rows, from local models and endpoints), `sample` (one local
-  model, batch by batch), `drawing` (how a token is drawn), `sampled_text` (tokens → text).
+  model, batch by batch), `prompts` (prompts → tokens), `drawing` (how a token is drawn), `sampled_text`
+  (tokens → text).
 - Score: `scorers` (one class for each source of rewards), `verifiers/` (the table `VERIFIERS`),
   `reward_model`, `judge`; `endpoint` sends requests, with `endpoint_messages` and `vllm_scores` (what
   they contain) and `http_client`.

@@ -188,7 +188,7 @@ def score_file(
                 out, [row["id"] for row in found.rows], scorer.work(found.rows), assemble, key=key,
                 what="scored", then=lambda rows: _report(out, key, len(rows), settings), ranks=ranks,
             )  # fmt: skip
-    lines = bias_lines(settings["judge"]) if spec.judge is not None else []
+    lines = bias_lines(settings["judge"]) if "judge" in settings else []
     lines = [*lines, _rewards_line(rewards), f"{len(written)} rows scored: {out}"]
     return _on_first_rank(ranks, lines)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from rpo_trainer.data.rows import kwargs_of
 from rpo_trainer.errors import DataError
+from rpo_trainer.rewards.prompts import EncodedPrompts
 from rpo_trainer.rewards.sample import greedy_responses, sample_responses
 from rpo_trainer.rewards.sampled_text import Sample
 from rpo_trainer.runtime.ranks import ALONE, Ranks
@@ -144,6 +145,7 @@ def respond(
         "tools": [row.get("tools") for row in rows],
         "parsed": [row.get("special_tokens") == "parse" for row in rows],
         "template_kwargs": kwargs_of(rows),
+        "encoded": EncodedPrompts(),
         "ranks": ranks,
     }
     sampled = sample_responses(

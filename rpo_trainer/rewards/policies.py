@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rpo_trainer.recipe import EndpointSpec, GenerateSpec
+    from rpo_trainer.rewards.prompts import EncodedPrompts
 
 logger = logging.getLogger(__name__)
 
@@ -57,15 +58,24 @@ class LocalPolicy:
         spec: the sampling settings.
         weights: a key of the weights.
         seed: of the random numbers, together with the key of each row.
+        encoded: tokens of the rows' prompts, shared by the policies that sample for the same rows.
     """
 
     def __init__(
-        self, name: str, load: Loaded, spec: GenerateSpec, *, weights: str, seed: int
+        self,
+        name: str,
+        load: Loaded,
+        spec: GenerateSpec,
+        *,
+        weights: str,
+        seed: int,
+        encoded: EncodedPrompts | None = None,
     ) -> None:
         self.name = name
         self.spec = spec
         self.seed = seed
         self._load = load
+        self._encoded = encoded
         self.key = content_key("local", weights, sampling_settings(spec), seed)
 
     def sample(
@@ -83,7 +93,7 @@ class LocalPolicy:
             batch_size=spec.batch_size, seed=self.seed, keys=keys,
             tools=[row.get("tools") for row in rows],
             parsed=[row.get("special_tokens") == "parse" for row in rows],
-            template_kwargs=kwargs_of(rows), shard=shard,
+            template_kwargs=kwargs_of(rows), encoded=self._encoded, shard=shard,
         )  # fmt: skip
         for index, samples in found:
             texts = [sample.text for sample in samples]
@@ -204,6 +214,11 @@ def row_keys(rows: Sequence[Row], prefix: str = "") -> list[str]:
     return keys
 
 
+def sampling_key(rows: Sequence[Row], policies: Sequence[Policy], *, seed: int, prefix: str) -> str:
+    """Return a digest of everything that sampled rows depend on."""
+    return content_key([policy.key for policy in policies], rows, seed, prefix)
+
+
 def sample_rows(
     path: Path,
     rows: Sequence[Row],
@@ -212,6 +227,7 @@ def sample_rows(
     *,
     seed: int,
     prefix: str = "",
+    key: str | None = None,
     label: str = "",
     then: Callable[[list[Row]], None] | None = None,
     with_digest: bool = False,
@@ -229,21 +245,22 @@ def sample_rows(
         policies: what is sampled from.
         spec: the sampling settings.
         seed: of the random numbers.
-        prefix: of the keys; rounds with different prefixes use different random numbers.
+        prefix: of the random numbers' keys; rounds with different prefixes use different random numbers.
+        key: `sampling_key` of the arguments, if known.
         label, then, with_digest, ranks: as in `write_rows_resumable`.
 
     Raises:
         DataError, RunError: as `write_rows_resumable` and `iter_responses`.
     """
     count = len(rows)
-    keys = row_keys(rows, prefix)
+    names = row_keys(rows, prefix)
 
     def work(pending: Sequence[int], shard: Shard) -> Iterator[Done]:
         for place, policy in enumerate(policies):
             own = [unit - place * count for unit in pending if unit // count == place]
             if own:
-                names = [f"{place}:{key}" if place else key for key in keys]
-                for done in policy.sample(rows, own, names, shard):
+                keys = [f"{place}:{name}" if place else name for name in names]
+                for done in policy.sample(rows, own, keys, shard):
                     yield Done(place * count + done.index, done.fields, done.failed)
 
     def assemble(results: Sequence[dict[str, Any]]) -> list[Row]:
@@ -266,7 +283,7 @@ def sample_rows(
         return sampled
 
     ids = [str(row["id"]) for _ in policies for row in rows]
-    key = content_key([policy.key for policy in policies], list(rows), seed, prefix)
+    key = sampling_key(rows, policies, seed=seed, prefix=prefix) if key is None else key
     return write_rows_resumable(
         path, ids, work, assemble, key=key, what="sampled", label=label, then=then,
         with_digest=with_digest, ranks=ranks,

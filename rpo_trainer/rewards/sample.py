@@ -18,20 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from rpo_trainer.data import encode_prompt, end_token_ids
-from rpo_trainer.data.rows import RowError
-from rpo_trainer.errors import DataError, ModelError, RecipeError
+from rpo_trainer.data import end_token_ids
+from rpo_trainer.errors import ModelError, RecipeError
 from rpo_trainer.recipe.template_kwargs import kwargs_key
 from rpo_trainer.rewards.drawing import Drawing
-from rpo_trainer.rewards.sampled_text import PromptTokens, ResponseReader, Sample
+from rpo_trainer.rewards.prompts import EncodedPrompts, Prompt, Prompts, TemplateKwargs, Tools
+from rpo_trainer.rewards.sampled_text import ResponseReader, Sample
 from rpo_trainer.runtime.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-Prompt = str | Sequence[dict[str, Any]]
-Tools = Sequence[list[dict[str, Any]] | None]  # of each prompt
-TemplateKwargs = Sequence[Mapping[str, Any]]  # of each prompt
 
 
 def sample_responses(
@@ -50,6 +46,7 @@ def sample_responses(
     tools: Tools | None = None,
     parsed: Sequence[bool] | None = None,
     template_kwargs: TemplateKwargs | None = None,
+    encoded: EncodedPrompts | None = None,
     ranks: Ranks = ALONE,
 ) -> list[list[Sample]]:
     """Sample K responses for each prompt, in the order of the prompts; arguments as `iter_responses`.
@@ -57,16 +54,17 @@ def sample_responses(
     Args:
         ranks: the processes that share the work; all of them call this function and get all responses.
     """
-    found = ranks.all_gather_dict(
-        dict(
+    with ranks.raise_on_all_ranks():
+        own = dict(
             iter_responses(
                 model, tokenizer, prompts, range(len(prompts)), responses=responses,
                 max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
                 batch_size=batch_size, seed=seed, keys=keys, tools=tools, parsed=parsed,
-                template_kwargs=template_kwargs, shard=(ranks.rank(), ranks.world_size()),
+                template_kwargs=template_kwargs, encoded=encoded,
+                shard=(ranks.rank(), ranks.world_size()),
             )
-        )
-    )  # fmt: skip
+        )  # fmt: skip
+    found = ranks.all_gather_dict(own)
     return [found[index] for index in range(len(prompts))]
 
 
@@ -87,6 +85,7 @@ def iter_responses(
     tools: Tools | None = None,
     parsed: Sequence[bool] | None = None,
     template_kwargs: TemplateKwargs | None = None,
+    encoded: EncodedPrompts | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[int, list[Sample]]]:
     """Yield (index of a wanted prompt, its K sampled responses), batch by batch.
@@ -112,7 +111,8 @@ def iter_responses(
         tools: function descriptions for each prompt, for the chat template.
         parsed: whether the text of special tokens in each prompt is converted to the tokens.
         template_kwargs: variables of the chat template for each prompt.
-        shard: (rank, world size): the batches that this process decodes.
+        encoded: token ids of the same prompts from an earlier call; new ones are added. None: encode all.
+        shard: (rank, world size): the batches that this process encodes and decodes.
 
     Raises:
         RecipeError: an argument is out of range, or prompt and response exceed the context length.
@@ -130,9 +130,10 @@ def iter_responses(
         )
     names = keys if keys is not None else [str(index) for index in range(len(prompts))]
     drawing = Drawing(names, seed, max_new_tokens, temperature, top_p, top_k)
+    given = Prompts(prompts, tools, parsed, template_kwargs)
     yield from _generate(
-        model, tokenizer, prompts, wanted, drawing, responses, max_new_tokens, batch_size, tools,
-        parsed, template_kwargs, shard,
+        model, tokenizer, given, encoded, wanted, drawing, responses, max_new_tokens, batch_size,
+        shard,
     )  # fmt: skip
 
 
@@ -146,32 +147,38 @@ def greedy_responses(
     tools: Tools | None = None,
     parsed: Sequence[bool] | None = None,
     template_kwargs: TemplateKwargs | None = None,
+    encoded: EncodedPrompts | None = None,
     ranks: Ranks = ALONE,
 ) -> list[Sample]:
     """Decode one response per prompt greedily; otherwise as `sample_responses`."""
-    own = _generate(
-        model, tokenizer, prompts, range(len(prompts)), None, 1, max_new_tokens, batch_size,
-        tools, parsed, template_kwargs, (ranks.rank(), ranks.world_size()),
-    )  # fmt: skip
-    found = ranks.all_gather_dict(dict(own))
+    given = Prompts(prompts, tools, parsed, template_kwargs)
+    shard = ranks.rank(), ranks.world_size()
+    with ranks.raise_on_all_ranks():
+        own = dict(
+            _generate(
+                model, tokenizer, given, encoded, range(len(prompts)), None, 1, max_new_tokens,
+                batch_size, shard,
+            )
+        )  # fmt: skip
+    found = ranks.all_gather_dict(own)
     return [found[index][0] for index in range(len(prompts))]
 
 
 def _generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    prompts: Prompts,
+    encoded: EncodedPrompts | None,
     wanted: Collection[int],
     drawing: Drawing | None,
     copies: int,
     max_new_tokens: int,
     batch_size: int,
-    tools: Tools | None,
-    parsed: Sequence[bool] | None,
-    template_kwargs: TemplateKwargs | None,
     shard: tuple[int, int],
 ) -> Iterator[tuple[int, list[Sample]]]:
-    """Generate in batches of similar length, longest first, so that running out of memory shows immediately.
+    """Generate in batches of similar size, largest first, so that running out of memory shows immediately.
+
+    Batches are built from the sizes of all prompts in bytes, so that a process encodes only its own.
 
     Args:
         drawing: the random numbers; None: greedy decoding.
@@ -185,41 +192,34 @@ def _generate(
             why="a response has at least an end token, and a batch at least one prompt",
             fix="set both to at least 1",
         )
-    prompt_tokens = [
-        _prompt_tokens(
-            tokenizer,
-            prompt,
-            tools[index] if tools is not None else None,
-            index,
-            parsed=parsed is not None and parsed[index],
-            template_kwargs=template_kwargs[index] if template_kwargs is not None else None,
-        )
-        for index, prompt in enumerate(prompts)
-    ]
-    encoded = [each.ids for each in prompt_tokens]
-    check_room(model.config, encoded, max_new_tokens)
-    ends = _end_tokens(model, tokenizer, template_kwargs or ())
-    config = _generation_config(tokenizer, ends, max_new_tokens)
     prompts_per_batch, left = max(1, batch_size // copies), set(wanted)
-    order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
-    device, reader = next(model.parameters()).device, ResponseReader(tokenizer, ends)
+    sizes = [prompts.size(index) for index in range(len(prompts))]
+    order = sorted(range(len(prompts)), key=lambda index: -sizes[index])
     rank, world = shard
     batches = [
         order[start : start + prompts_per_batch]
         for start in range(0, len(order), prompts_per_batch)
-    ]
-    for batch in batches[rank::world]:
-        if left.isdisjoint(batch):
-            continue
-        width = len(encoded[batch[0]])
-        repeated = [encoded[index] for index in batch for _ in range(copies)]
+    ][rank::world]
+    batches = [batch for batch in batches if not left.isdisjoint(batch)]
+    own = [index for batch in batches for index in batch]
+    encoded = EncodedPrompts() if encoded is None else encoded
+    encoded.add(tokenizer, prompts, own, show=rank == 0)
+    check_room(model.config, map(encoded.length, own), max_new_tokens)
+    ends = _end_tokens(model, tokenizer, prompts.template_kwargs or ())
+    config = _generation_config(tokenizer, ends, max_new_tokens)
+    device, reader = next(model.parameters()).device, ResponseReader(tokenizer, ends)
+    for batch in batches:
+        ids = [encoded[index] for index in batch]
+        repeated = [each for each in ids for _ in range(copies)]
         with _generation_mode(model):
+            width = max(map(len, ids))
             choice = [] if drawing is None else drawing.processors(batch, copies, width)
             rows = _generate_batch(model, repeated, config, choice, device)
         for place, index in enumerate(batch):
             if index in left:
-                own = rows[place * copies : (place + 1) * copies]
-                yield index, [reader.read(prompt_tokens[index], row) for row in own]
+                answers = rows[place * copies : (place + 1) * copies]
+                prompt_tokens = prompts.tokens(index, ids[place])
+                yield index, [reader.read(prompt_tokens, row) for row in answers]
     reader.warn()
 
 
@@ -246,39 +246,6 @@ def _generate_batch(
         )
     rows: list[list[int]] = output[:, width:].tolist()
     return rows
-
-
-def _prompt_tokens(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    tools: list[dict[str, Any]] | None,
-    index: int,
-    *,
-    parsed: bool = False,
-    template_kwargs: Mapping[str, Any] | None = None,
-) -> PromptTokens:
-    try:
-        ids = encode_prompt(
-            tokenizer, prompt, tools, parsed=parsed, template_kwargs=template_kwargs
-        )
-    except RowError as error:
-        raise DataError(
-            str(error),
-            code=error.code,
-            where=f"prompt {index}",
-            why="no response to it can be sampled",
-            fix="correct the row, or set another chat template",
-        ) from error
-    if not ids:
-        raise DataError(
-            "the prompt has no tokens",
-            code="data.empty-prompt",
-            where=f"prompt {index}",
-            why="the first token of a response is predicted from the last token of the prompt",
-            fix="remove the row, or add text to its prompt",
-        )
-    copied = prompt if isinstance(prompt, str) else list(prompt)
-    return PromptTokens(copied, ids, tools, parsed, template_kwargs)
 
 
 def _end_tokens(
@@ -321,11 +288,15 @@ def _generation_config(
 
 
 def check_room(
-    config: Any, encoded: Sequence[Sequence[int]], max_new_tokens: int, *, where: str = "generate"
+    config: Any, lengths: Iterable[int], max_new_tokens: int, *, where: str = "generate"
 ) -> None:
-    """Raise RecipeError if a prompt and its response exceed the context length of the model."""
+    """Raise RecipeError if a prompt and its response exceed the context length of the model.
+
+    Args:
+        lengths: tokens of each prompt.
+    """
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, encoded), default=0)
+    longest = max(lengths, default=0)
     if limit is not None and longest + max_new_tokens > limit:
         raise RecipeError(
             f"the longest prompt has {longest} tokens, which with max_new_tokens {max_new_tokens} "

@@ -54,17 +54,26 @@ class RowProgress:
         what: names the work, such as "tokenizing train data".
         unit: what is counted, in the plural.
         show: False: show nothing; pass it on all ranks but the first.
+        bar: False: log lines in a terminal too.
         done: rows that an earlier process has finished.
     """
 
     def __init__(
-        self, total: int | None, what: str, *, unit: str = "rows", show: bool = True, done: int = 0
+        self,
+        total: int | None,
+        what: str,
+        *,
+        unit: str = "rows",
+        show: bool = True,
+        bar: bool = True,
+        done: int = 0,
     ) -> None:
         self.total = total
         self.what = what
         self.unit = unit
         self.done = done
         self._show = show
+        self._bars = bar
         self._earlier = done
         self._began = self._drawn = self._logged = time.monotonic()
         self._bar: Progress | None = None
@@ -91,7 +100,7 @@ class RowProgress:
         if _display is not None:
             if now - self._began >= _BAR_SECONDS:
                 _display(f"{self.what}: {self.state()}")
-        elif self._bar is not None or is_interactive():
+        elif self._bars and is_interactive():
             self._draw(now)
         elif now - self._logged >= LINE_SECONDS:
             self._logged = now

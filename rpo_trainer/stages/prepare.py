@@ -16,8 +16,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rpo_trainer.data import Audit, encode_prompt, tokenize_rows
+from rpo_trainer.data import Audit, tokenize_rows
 from rpo_trainer.data.audit_json import audit_from_json, audit_to_json
+from rpo_trainer.data.encode import PromptEncoder
 from rpo_trainer.data.resumable_rows import content_key
 from rpo_trainer.data.rows import Row, RowError
 from rpo_trainer.data.tokenize import released
@@ -230,13 +231,13 @@ class StagePreparer(StageRows):
             DataError: the chat template cannot render a prompt.
         """
         found = []
+        encoder = PromptEncoder(self.tokenizer)
         for row in rows:
             try:
                 parsed = row.get("special_tokens") == "parse"
-                ids = encode_prompt(
-                    self.tokenizer, row["prompt"], row.get("tools"), parsed=parsed,
-                    template_kwargs=row.get(COLUMN),
-                )  # fmt: skip
+                ids = encoder.ids(
+                    row["prompt"], row.get("tools"), parsed=parsed, template_kwargs=row.get(COLUMN)
+                )
                 found.append(ids)
             except RowError as error:
                 raise DataError(

@@ -23,7 +23,9 @@ from rpo_trainer.rewards.policies import (
     LocalPolicy,
     Policy,
     sample_rows,
+    sampling_key,
 )
+from rpo_trainer.rewards.prompts import EncodedPrompts
 from rpo_trainer.rewards.scorers import Scorer, weights_key
 from rpo_trainer.runtime.files import digest_path
 from rpo_trainer.runtime.ranks import ALONE, Ranks
@@ -107,28 +109,29 @@ class ScoredRows:
         def load(source: str) -> Callable[[], Loaded]:
             return lambda: self.policies.sampling_policy(stage, source)
 
+        encoded = EncodedPrompts()  # all policies use the recipe's tokenizer
         policies: list[Policy] = [
             LocalPolicy(
                 name := stage.init if source == "init" else source, load(source), spec,
-                weights=self.policies.weights_key(name), seed=seed,
+                weights=self.policies.weights_key(name), seed=seed, encoded=encoded,
             )
             for source in spec.policies
         ]  # fmt: skip
         policies += [EndpointPolicy(endpoint, spec, seed=seed) for endpoint in spec.endpoints]
         # The stage's name is part of the seeds, so that each round samples other responses.
         prefix = f"{stage.name}/"
-        key = content_key([policy.key for policy in policies], rows, seed, prefix)
+        key = sampling_key(rows, policies, seed=seed, prefix=prefix)
         path = self.run_dir / stage.name / f"responses-{key}.jsonl"
         return self._read(path) or sample_rows(
-            path, rows, policies, spec, seed=seed, prefix=prefix, label=self.preparer.label(stage),
-            with_digest=True, ranks=self.ranks,
+            path, rows, policies, spec, seed=seed, prefix=prefix, key=key,
+            label=self.preparer.label(stage), with_digest=True, ranks=self.ranks,
         )  # fmt: skip
 
     def _scored(
         self, stage: Stage, name: str, rows: Sequence[Row], scorer: Scorer
     ) -> tuple[list[Row], Path]:
         """Return the scored rows, and their file."""
-        key = content_key(scorer.key, list(rows))
+        key = content_key(scorer.key, rows)
         path = self.run_dir / stage.name / f"{name}-{key}.jsonl"
         scored = self._read(path) or map_rows_resumable(
             path, rows, scorer.work(rows), key=key, what="scored", label=self.preparer.label(stage),

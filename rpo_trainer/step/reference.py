@@ -25,11 +25,11 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.sharding import device_of, gathered
 from rpo_trainer.models.unwrap import transformers_model
+from rpo_trainer.runtime.row_progress import RowProgress
 from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.logprobs import response_sums
@@ -166,7 +166,7 @@ def dataset_logprobs(
     pad_token_id: int = 0,
     shard: tuple[int, int] = (0, 1),
     gather: Callable[[dict[Key, float]], dict[Key, float]] = lambda values: values,
-    progress: bool = False,
+    progress: RowProgress | None = None,
     tolerance: float = 1e-3,
 ) -> list[list[float]]:
     """Compute Σ log π over the trained tokens of each response, using cached values where available.
@@ -179,7 +179,7 @@ def dataset_logprobs(
         batch_tokens: number of tokens per forward, without gradient.
         shard: (rank, world size): the part of the missing values that this process computes.
         gather: merges the values of all ranks.
-        progress: show a progress bar.
+        progress: shows the number of examples done; its total is set here.
         tolerance: allowed difference between a cached and a recomputed value, in nats per token.
 
     Returns:
@@ -204,12 +204,8 @@ def dataset_logprobs(
         missing.sort(key=lambda i: (-forward_tokens(examples[i], layout), i))
         rank, world = shard
         batches = _batches(missing, examples, layout, batch_tokens)
-        bar = tqdm(
-            total=len(missing),
-            desc="reference log-probs",
-            unit="row",
-            disable=not progress or not missing,
-        )
+        if progress is not None:
+            progress.total = len(missing)
         unsaved: dict[Key, float] = {}
         waiting = 0
         # In each round every rank runs a batch, repeating one if none is left: sharded weights require it.
@@ -219,12 +215,12 @@ def dataset_logprobs(
             flat = [key for i in batch for key in keys[i]]
             unsaved.update(zip(flat, sums.tolist(), strict=True))
             done = [i for part in batches[start : start + world] for i in part]
-            bar.update(len(done))
+            if progress is not None:
+                progress.advance(len(done))
             waiting += sum(len(keys[i]) for i in done)
             if waiting >= _ROWS_PER_PART or start + world >= len(batches):
                 cache.add(gather(unsaved), on_disk=rank == 0)
                 unsaved, waiting = {}, 0
-        bar.close()
     finally:
         model.train(training)
     return [[cache.values[key] for key in row] for row in keys]

@@ -301,12 +301,12 @@ class BaseTrainer(Trainer):
         self.step_guard.begin(resume)
         self.tokens_seen.begin(resume)
         self.before_training(resume)
-        if not self.engine.wraps_late:
-            self.policy_ready(resume)
         on_cpu = self.args.device.type == "cpu"
-        if on_cpu and is_main():
-            self._other_processes.report()
         with keeping_freed_memory() if on_cpu else contextlib.nullcontext():
+            if not self.engine.wraps_late:
+                self.policy_ready(resume)
+            if on_cpu and is_main():
+                self._other_processes.report()
             return super().train(resume_from_checkpoint=resume, **kwargs)
 
     def _prepare_for_training(

@@ -19,6 +19,7 @@ from rpo_trainer.models.preload_checks import check_same_vocabulary
 from rpo_trainer.models.sharding import has_shards, is_replicated, num_rows
 from rpo_trainer.models.unwrap import transformers_model, unwrap_prepared_model
 from rpo_trainer.runtime.distributed import all_gather_dict, broadcast, is_main, on_main
+from rpo_trainer.runtime.row_progress import RowProgress
 from rpo_trainer.step import reference
 from rpo_trainer.step.batch import PackedBatch
 from rpo_trainer.step.layout_probe import probe_on_all_ranks
@@ -210,7 +211,11 @@ class PreferenceTrainer(BaseTrainer):
     ) -> list[list[float]]:
         args = self.args
         dtype = args.mixed_precision_dtype() or next(model.parameters()).dtype
-        with self.accelerator.autocast():
+        main, bar = args.process_index == 0, not args.disable_tqdm
+        with (
+            self.accelerator.autocast(),
+            RowProgress(None, "reference log-probs", show=main, bar=bar) as progress,
+        ):
             return reference.dataset_logprobs(
                 model,
                 examples,  # type: ignore[arg-type]
@@ -220,7 +225,7 @@ class PreferenceTrainer(BaseTrainer):
                 pad_token_id=self.pad_token_id,
                 shard=(args.process_index, args.world_size),
                 gather=all_gather_dict,
-                progress=not args.disable_tqdm and args.process_index == 0,
+                progress=progress,
                 tolerance=0.1 if dtype in (torch.bfloat16, torch.float16) else 1e-3,
             )
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from rpo_trainer.chain.check import check_recipe
+from rpo_trainer.data.encode import PromptEncoder
 from rpo_trainer.errors import Problems, RunError
 from rpo_trainer.recipe.template_kwargs import COLUMN
 from rpo_trainer.report import build_report
-from rpo_trainer.rewards import sample
+from rpo_trainer.rewards.prompts import Prompts
 from rpo_trainer.stages.preview import preview
 from tests.chain import tiny
 
@@ -61,17 +62,17 @@ def test_a_run_samples_trains_and_records_with_its_variables(
 ) -> None:
     recipe = recipe_with(tmp_path)
     prompts: list[str] = []
-    encode = sample.encode_prompt
+    encoded = Prompts.encoded
 
-    def spied(tokenizer: Any, *args: Any, **kwargs: Any) -> list[int]:
-        ids = encode(tokenizer, *args, **kwargs)
-        prompts.append(tokenizer.decode(ids, skip_special_tokens=True))
+    def spied(self: Prompts, index: int, encoder: PromptEncoder) -> list[int]:
+        ids = encoded(self, index, encoder)
+        prompts.append(encoder.tokenizer.decode(ids, skip_special_tokens=True))
         return ids
 
-    monkeypatch.setattr(sample, "encode_prompt", spied)
+    monkeypatch.setattr(Prompts, "encoded", spied)
     run_dir = tiny.run(tmp_path, recipe)
     wanted = [f"<{'all' if i else 'row'}2>u:{i}a:" for i in range(16)]
-    assert [prompt.replace(" ", "") for prompt in prompts] == wanted
+    assert sorted(prompt.replace(" ", "") for prompt in prompts) == sorted(wanted)
     (path,) = (run_dir / "dpo").glob("generated-*.jsonl")
     given = [row[COLUMN] for row in rows_in(path)]
     assert given == [{"mode": "row" if not i else "all", "size": 2} for i in range(16)]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+from collections import UserList
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import xxhash
 
 from rpo_trainer.data import partial_file, resumable_rows
 from rpo_trainer.data.partial_file import partial_path
@@ -29,6 +34,7 @@ from rpo_trainer.data.resumable_rows import (
 )
 from rpo_trainer.errors import DataError, RunError
 from rpo_trainer.runtime.files import digest_path
+from rpo_trainer.runtime.ranks import Ranks
 from tests.conftest import Injected
 from tests.raising import raises, with_code
 
@@ -87,6 +93,45 @@ def test_stopped_anywhere_it_resumes_and_makes_only_what_is_missing(
     run(path, lambda i: made.append(i) or {"n": i})
     assert made == [i for i in range(12) if i not in order]
     assert path.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (),
+        ("a", 1, None, 0.5),
+        ([],),
+        ([[]], {}, [{}]),
+        ((), (1,), [1, (2, [3])]),
+        ([{"b": [1, {"z": 0, "a": "é\u2028"}], "a": None}, {"a": Path("x")}], 7, "p/"),
+        ({"b": [{"d": 1, "c": 2}], "a": "x"},),
+        ([float("inf"), True, "\ud800"], b"x"),
+    ],
+)
+def test_a_key_is_that_of_one_json_text(parts: tuple[Any, ...]) -> None:
+    """Results that an earlier version left unfinished are found by this key."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    assert content_key(*parts) == xxhash.xxh3_64_hexdigest(text.encode())
+
+
+def test_a_key_depends_on_the_rows_and_not_on_their_container() -> None:
+    rows = [{"id": str(i), "prompt": "x" * i} for i in range(5)]
+    assert content_key("a", rows) != content_key("a", rows[:4])
+    assert content_key("a", tuple(rows)) == content_key("a", UserList(rows))
+    assert content_key("a", tuple(rows)) == content_key(
+        "a", [dict(reversed(r.items())) for r in rows]
+    )
+    keys = {content_key(*parts) for parts in (([1], [2]), ([1, 2],), ([1, [2]],), ([[1], [2]],))}
+    assert len(keys) == 4
+
+
+def test_a_key_of_many_rows_needs_the_memory_of_one() -> None:
+    row = {"id": "r", "prompt": "x" * 10_000}
+    tracemalloc.start()
+    content_key("a", [row] * 2_000)  # 20 MB of JSON
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200_000
 
 
 def test_a_truncated_line_is_recomputed(tmp_path: Path) -> None:
@@ -365,3 +410,126 @@ def test_killed_at_any_moment_and_started_again(tmp_path: Path, injected: Inject
 def _size(path: Path) -> int:
     found = partial_path(path)
     return found.stat().st_size if found.exists() else 0
+
+
+class Threads(Ranks):
+    """Ranks that are threads of this process."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.here = threading.local()
+        self.meeting = threading.Barrier(world, timeout=30)
+        self.given: dict[int, Any] = {}
+
+    def rank(self) -> int:
+        return int(self.here.rank)
+
+    def world_size(self) -> int:
+        return self.world
+
+    def barrier(self) -> None:
+        self.meeting.wait()
+
+    def gather(self, value: Any) -> list[Any]:
+        self.given[self.rank()] = value
+        self.meeting.wait()
+        found = [self.given[rank] for rank in range(self.world)]
+        self.meeting.wait()
+        return found
+
+    @contextlib.contextmanager
+    def raise_on_all_ranks(self) -> Iterator[None]:
+        error = None
+        try:
+            yield
+        except (DataError, RunError) as raised:
+            error = raised
+        for each in self.gather(error):
+            if each is not None:
+                raise each
+
+    def on_main(self, do: Callable[[], Any]) -> Any:
+        result = None
+        with self.raise_on_all_ranks():
+            result = do() if self.rank() == 0 else None
+        return self.gather(result)[0]
+
+    def all_gather_dict(self, values: dict[Any, Any]) -> dict[Any, Any]:
+        return {key: value for part in self.gather(values) for key, value in part.items()}
+
+    def run(self, work: Callable[[], Any]) -> list[Any]:
+        """Return the results or errors of all ranks."""
+        found: list[Any] = [None] * self.world
+
+        def on(rank: int) -> None:
+            self.here.rank = rank
+            try:
+                found[rank] = work()
+            except (DataError, RunError) as error:
+                found[rank] = error
+
+        threads = [threading.Thread(target=on, args=(rank,)) for rank in range(self.world)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        return found
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("kept", [0, 5, 12])
+def test_ranks_share_the_work_and_all_get_the_rows(world: int, kept: int, tmp_path: Path) -> None:
+    ranks, path, made = Threads(world), tmp_path / "out.jsonl", []
+
+    def make(index: int) -> dict[str, Any]:
+        made.append((ranks.rank(), index))
+        return {"n": index}
+
+    partial_path(path, 7).write_bytes(b"".join(map(line, range(kept))))  # of an earlier start
+    found = ranks.run(lambda: run(path, make, ranks=ranks))
+    assert found == [EXPECTED] * world
+    assert sorted(index for _, index in made) == [*range(kept, 12)]
+    assert all((index - kept) % world == rank for rank, index in made)
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def test_ranks_do_not_hold_the_results_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results pass through the files: nothing but failures and errors is exchanged."""
+    exchanged: list[Any] = []
+    gather = Threads.gather
+    monkeypatch.setattr(
+        Threads, "gather", lambda self, value: exchanged.append(value) or gather(self, value)
+    )
+    ranks = Threads(2)
+    found = ranks.run(lambda: run(tmp_path / "out.jsonl", ranks=ranks))
+    assert found == [EXPECTED] * 2 and not any(exchanged)
+
+
+def test_a_failure_of_one_rank_is_that_of_all(tmp_path: Path) -> None:
+    ranks, path = Threads(2), tmp_path / "out.jsonl"
+
+    def make(index: int) -> dict[str, Any]:
+        if index == 3:
+            raise RowFailed("no", code="x.y")
+        return {"n": index}
+
+    found = ranks.run(lambda: run(path, make, ranks=ranks))
+    assert [error.code for error in found] == ["rewards.rows-failed"] * 2
+    assert ranks.run(lambda: run(path, ranks=ranks)) == [EXPECTED] * 2
+
+
+def test_a_directory_that_ranks_do_not_share_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks, path = Threads(2), tmp_path / "out.jsonl"
+    monkeypatch.setattr(
+        resumable_rows,
+        "partial_path",
+        lambda path, rank: partial_path(path.parent / str(rank) / path.name, rank),
+    )
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+    for error in ranks.run(lambda: run(path, ranks=ranks)):
+        assert (error.code, error.where) == ("output.results-missing", str(tmp_path))

@@ -92,3 +92,38 @@ def test_a_trainer_on_a_cpu_uses_it(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     )
     trainer.train()
     assert entered == ["in", "out"]
+
+
+def test_the_reference_pass_uses_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from rpo_trainer import DPOConfig, DPOTrainer
+    from rpo_trainer.data.quickstart import character_tokenizer
+    from rpo_trainer.step import reference
+    from rpo_trainer.trainers import base
+
+    order: list[str] = []
+
+    @contextlib.contextmanager
+    def noted() -> Any:
+        order.append("in")
+        yield
+        order.append("out")
+
+    computed = reference.dataset_logprobs
+
+    def passed(*args: Any, **kwargs: Any) -> Any:
+        order.append("reference")
+        return computed(*args, **kwargs)
+
+    monkeypatch.setattr(base, "keeping_freed_memory", noted)
+    monkeypatch.setattr(reference, "dataset_logprobs", passed)
+    tokenizer = character_tokenizer()
+    trainer = DPOTrainer(
+        make_model("llama", vocab_size=len(tokenizer)), None,
+        DPOConfig(
+            output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none", save_strategy="no",
+        ),
+        [{"prompt": "a", "chosen": "b", "rejected": "c"}],
+        processing_class=tokenizer,
+    )  # fmt: skip
+    trainer.train()
+    assert order == ["in", "reference", "out"]
