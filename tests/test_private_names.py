@@ -282,6 +282,15 @@ def data_files(tmp_path: Path) -> None:
     assert [(tmp_path / one["filename"]).is_file() for one in state["_data_files"]] == [True]
 
 
+def indices() -> None:
+    from datasets import Dataset
+
+    dataset = Dataset.from_dict({"a": [1, 2, 3]})
+    assert dataset._indices is None
+    assert dataset.select([2, 0])._indices.column(0).to_pylist() == [2, 0]
+    assert dataset.select([1, 2]).data.table.num_rows in (2, 3)  # a range may be a slice
+
+
 def exists(path: str, kind: Any = None) -> Callable[[], None]:
     def check() -> None:
         thing = found(path)
@@ -362,6 +371,7 @@ USES = [
     Use("torch.utils", "_triton", "step/attention_flex.py step/logprobs.py",
         has_triton),
     Use("datasets.Dataset", "_data_files", "data/sources.py", data_files),
+    Use("datasets.Dataset", "_indices", "data/arrow_rows.py", indices),
     Use("deepspeed", "_global_grad_norm", "trainers/engine.py", zero_norms),
     Use("deepspeed", "_hp_mapping", "models/sharding.py", zero_weights),
     *(Use("httpx", name, "rewards/http_client.py", http_client)

@@ -34,7 +34,8 @@ from rpo_trainer.stages.record import EvaluationRecord
 from rpo_trainer.stages.settings import arithmetic
 from rpo_trainer.step.forward import install, uninstall
 from rpo_trainer.step.layout_probe import probe_on_all_ranks
-from rpo_trainer.step.reference import ReferenceCache, dataset_logprobs, response_key
+from rpo_trainer.step.reference import cached_logprobs, dataset_logprobs
+from rpo_trainer.step.reference_cache import ReferenceCache
 
 if TYPE_CHECKING:
     from rpo_trainer.chain.models import Models
@@ -372,24 +373,20 @@ class Evaluation:
         """Return Σ log π over the trained tokens of each response, computed as in training."""
         key = content_key("logps", self.models.weights_key(source, delivered=True), str(self.dtype))
         cache = distributed.on_main(lambda: ReferenceCache(self.run_dir / FOLDER / f"logps-{key}"))
-        known = [
-            [cache.values.get(response_key(e["prompt_ids"], ids, mask)) for ids, mask in
-             zip(e["response_ids"], e["response_mask"], strict=True)]
-            for e in examples
-        ]  # fmt: skip
-        if all(value is not None for row in known for value in row):
-            return known  # type: ignore[return-value]
+        known = cached_logprobs(examples, cache)
+        if known is not None:
+            return list(known)
         policy = self._policy(source)
         layout = self._install(source, policy, max(self._longest, _longest(examples)))
         half = self.autocast is not None
         precision = torch.autocast(distributed.device().type, self.dtype) if half else nullcontext()
         try:
             with precision:
-                return dataset_logprobs(
+                return list(dataset_logprobs(
                     policy, examples, layout=layout, cache=cache,
                     shard=(distributed.rank(), distributed.world_size()), gather=distributed.all_gather_dict,
                     pad_token_id=self.tokenizer.pad_token_id or 0, tolerance=0.1 if half else 1e-3,
-                )  # fmt: skip
+                ))  # fmt: skip
         finally:
             uninstall(policy)
 

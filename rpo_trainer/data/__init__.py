@@ -47,6 +47,12 @@ Render and tokenize:
   tokenized_shards  tokenized examples in a directory, memory-mapped
   parallel_map      run batches in several processes
 
+Read tokenized examples:
+  example_view      examples, lengths, flat values and digest, from the buffers of an Arrow table
+  example_table     tokenized examples of others → Arrow
+  arrow_rows        rows of any Arrow table, with lists of integers as slices of its buffers
+  ragged            lists of numbers of different lengths in two arrays
+
 Count and show:
   audit             report of rows read, kept and dropped, and of warnings
   audit_counts      the counts of the audit

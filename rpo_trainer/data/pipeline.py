@@ -11,6 +11,7 @@ from rpo_trainer.data.adapt_rows import adapt
 from rpo_trainer.data.audit import Audit
 from rpo_trainer.data.counts import MAX_ROWS
 from rpo_trainer.data.duplicates import Dedup
+from rpo_trainer.data.example_table import example_dataset
 from rpo_trainer.data.filters import drop_duplicates, filter_rows
 from rpo_trainer.data.mix import mix_sources
 from rpo_trainer.data.ratings import rating_targets
@@ -141,7 +142,7 @@ def prepare_dataset(
             fix="check the split or the filter that produced it",
         )
     if not isinstance(dataset, datasets.Dataset) and set(TOKENIZED) <= set(raw_rows[0]):
-        return datasets.Dataset.from_list(raw_rows)
+        return example_dataset(raw_rows)
     check_kwargs(chat_template_kwargs, tokenizer, COLUMN)
     counted = audit or Audit()
     arrow = isinstance(dataset, datasets.Dataset)

@@ -37,7 +37,7 @@ class _Dropped(Exception):
 
 
 def schema(kind: str) -> Any:
-    """Return the Arrow schema of tokenized examples."""
+    """Return the Arrow schema of tokenized examples: token ids are int32, masks int8."""
     import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
     ids = pa.list_(pa.int32())
@@ -47,7 +47,7 @@ def schema(kind: str) -> Any:
         "source": pa.string(),
         "prompt_ids": ids,
         "response_ids": pa.list_(ids),
-        "response_mask": pa.list_(ids),
+        "response_mask": pa.list_(pa.list_(pa.int8())),
         "rewards": numbers,
     }
     return pa.schema({**columns, "attributes": numbers} if kind == "rating" else columns)

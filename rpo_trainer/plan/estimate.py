@@ -148,7 +148,7 @@ class _Planner:
             accumulation_of(stage.global_batch_size, stage.micro_batch_size, self.devices, where)
         config = self.preparer.settings(stage, self.run_dir)
         examples, assumed = self._examples(stage)
-        costs = examples.costs("shared")
+        costs = examples.costs("shared").tolist()
         batches = _micro_batches(examples, config)
         heaviest = max(batches, key=lambda batch: sum(costs[i] for i in batch))
         steps, tokens = _steps(stage, costs)

@@ -5,17 +5,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import xxhash
-
 from rpo_trainer.data import Audit, filter_rows, hold_out, rating_targets, tokenize_rows
 from rpo_trainer.data.counts import EVAL_ROWS, HELD_OUT
 from rpo_trainer.data.duplicates import prompt_key
+from rpo_trainer.data.example_view import ExampleView
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import (
     RewardStage,
@@ -84,14 +82,8 @@ class ScoredData:
 
 
 def dataset_fingerprint(dataset: datasets.Dataset) -> str:
-    """Return the xxh3-128 digest of tokens, masks, and rewards or ratings."""
-    digest = xxhash.xxh3_128()
-    columns = ["prompt_ids", "response_ids", "response_mask", "rewards"]
-    columns += [name for name in ("attributes",) if name in dataset.column_names]
-    for row in dataset:
-        parts = [row[name] for name in columns]
-        digest.update(json.dumps(parts).encode())
-    return str(digest.hexdigest())
+    """Return the digest of tokens, masks, and rewards or ratings, see `ExampleView.fingerprint`."""
+    return ExampleView(dataset).fingerprint()
 
 
 def source_digests(

@@ -14,6 +14,7 @@
       token_stats        accuracy, entropy and mean logit of each token, from the same tiles
     router_loss      load-balancing loss of mixtures of experts, from the same forward
     reference        reference log-probs, computed once and cached on disk
+      reference_cache    the values, by content of prompt and response
     layout_probe     selects the fastest exact step layout at the start of training
     layout_proof     compares a step layout with plain forwards of the model
 

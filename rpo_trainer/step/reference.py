@@ -2,30 +2,25 @@
 
 A cached value depends on the weights (including adapters), the dtype of the arithmetic, and the tokens of
 prompt and response. It is reused when the learning rate, the output directory, or the order or mixture of
-the data change, and is not reused when any of these dependencies does.
-
-    CACHE/<model key>/part-*.safetensors    keys [n, 2] int64, values [n] float32
-
-Each part is written atomically.
+the data change, and is not reused when any of these dependencies does; see
+`rpo_trainer.step.reference_cache`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
+from rpo_trainer.data.arrow_rows import Array
+from rpo_trainer.data.example_view import ExampleView, example_view
+from rpo_trainer.data.ragged import Ragged
 from rpo_trainer.errors import ModelError
 from rpo_trainer.models.sharding import device_of, gathered
 from rpo_trainer.models.unwrap import transformers_model
@@ -33,7 +28,8 @@ from rpo_trainer.runtime.row_progress import RowProgress
 from rpo_trainer.step.batch import Layout
 from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.logprobs import response_sums
-from rpo_trainer.step.packing import forward_tokens, pack
+from rpo_trainer.step.packing import forward_costs, pack
+from rpo_trainer.step.reference_cache import Key, ReferenceCache, response_keys
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +37,6 @@ logger = logging.getLogger(__name__)
 _VERSION = "1"
 _ROWS_PER_PART = 2048
 _VERIFIED_ROWS = 4
-
-Key = tuple[int, int]
 
 
 def model_key(model: nn.Module, *, arithmetic: str = "") -> str:
@@ -86,79 +80,16 @@ def _adapter_settings(model: nn.Module) -> dict[str, Any]:
     return settings
 
 
-def response_key(
-    prompt_ids: Sequence[int], response_ids: Sequence[int], mask: Sequence[int]
-) -> Key:
-    """Return the content key of a response and its prompt, as two signed 64-bit integers."""
-    digest = xxhash.xxh3_128()
-    for part in (prompt_ids, response_ids, mask):
-        digest.update(len(part).to_bytes(4, "little"))
-        digest.update(np.asarray(part, dtype=np.int32).tobytes())
-    low, high = np.frombuffer(digest.digest(), dtype=np.int64)
-    return int(low), int(high)
-
-
-def _digest(keys: np.ndarray[Any, Any], values: np.ndarray[Any, Any]) -> int:
-    """Return the digest of a part's content, including shapes and dtypes."""
-    digest = xxhash.xxh3_64()
-    for array in (keys, values):
-        digest.update(f"{array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
-    return int(digest.intdigest() % 2**63)
-
-
-class ReferenceCache:
-    """Values by key in a directory. Damaged parts are removed with a warning, and computed again."""
-
-    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        self.folder = None if folder is None else Path(folder)
-        self.values: dict[Key, float] = {}
-        for part in sorted(self.folder.glob("part-*.safetensors")) if self.folder else ():
-            self._read(part)
-
-    def _read(self, part: Path) -> None:
-        try:
-            tensors = load_file(part)
-            keys, values = tensors["keys"], tensors["values"]
-            if int(tensors["digest"][0]) != _digest(keys, values):
-                raise ValueError("its content does not match its checksum")
-        except (SafetensorError, OSError, KeyError, IndexError, TypeError, ValueError) as error:
-            logger.warning("%s is damaged (%s): its values are recomputed", part, error)
-            part.unlink(missing_ok=True)
-            return
-        for (low, high), value in zip(keys.tolist(), values.tolist(), strict=True):
-            self.values[(low, high)] = value
-
-    def add(self, new: Mapping[Key, float], *, on_disk: bool = True) -> None:
-        """Add values, also on disk if the cache has a directory."""
-        self.values.update(new)
-        if self.folder is None or not new or not on_disk:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        keys = np.array(list(new), dtype=np.int64)
-        values = np.array(list(new.values()), dtype=np.float32)
-        tensors: dict[str, Any] = {
-            "keys": keys,
-            "values": values,
-            "digest": np.array([_digest(keys, values)], dtype=np.int64),
-        }
-        handle, staged = tempfile.mkstemp(dir=self.folder, prefix=".part-")
-        os.close(handle)
-        save_file(tensors, staged)
-        os.replace(
-            staged, self.folder / f"part-{xxhash.xxh3_64_hexdigest(keys.tobytes())}.safetensors"
-        )
-
-    def forget(self) -> None:
-        """Delete all values, also on disk."""
-        self.values.clear()
-        for part in self.folder.glob("part-*.safetensors") if self.folder else ():
-            part.unlink(missing_ok=True)
+def cached_logprobs(examples: Any, cache: ReferenceCache) -> Ragged | None:
+    """Return what `dataset_logprobs` returns, if all values are in the cache; otherwise None."""
+    view = example_view(examples)
+    values, known = cache.lookup(response_keys(view))
+    return Ragged(values, view.response_counts()) if known.all() else None
 
 
 def dataset_logprobs(
     model: nn.Module,
-    examples: Sequence[Mapping[str, Any]],
+    examples: Any,
     *,
     layout: Layout,
     cache: ReferenceCache,
@@ -168,13 +99,13 @@ def dataset_logprobs(
     gather: Callable[[dict[Key, float]], dict[Key, float]] = lambda values: values,
     progress: RowProgress | None = None,
     tolerance: float = 1e-3,
-) -> list[list[float]]:
+) -> Ragged:
     """Compute Σ log π over the trained tokens of each response, using cached values where available.
 
     Args:
         model: the reference model or another policy, with `forward.install` applied for `layout`. It is in
             eval mode during the pass.
-        examples: tokenized examples.
+        examples: tokenized examples, see `example_view`.
         cache: known values; new ones are added.
         batch_tokens: number of tokens per forward, without gradient.
         shard: (rank, world size): the part of the missing values that this process computes.
@@ -183,27 +114,24 @@ def dataset_logprobs(
         tolerance: allowed difference between a cached and a recomputed value, in nats per token.
 
     Returns:
-        A list of K numbers for each example.
+        K numbers for each example, float32.
+
+    Raises:
+        KeyError: a value is missing after `gather`.
     """
-    keys = [
-        [
-            response_key(example["prompt_ids"], response, mask)
-            for response, mask in zip(
-                example["response_ids"], example["response_mask"], strict=True
-            )
-        ]
-        for example in examples
-    ]
+    view = example_view(examples)
     device = device_of(model)
     training = model.training
     model.eval()
     try:
         run = _Pass(model, layout, pad_token_id, device)
-        _verify(run, examples, keys, cache, tolerance)
-        missing = [i for i, row in enumerate(keys) if any(key not in cache.values for key in row)]
-        missing.sort(key=lambda i: (-forward_tokens(examples[i], layout), i))
+        keys = _Keys(view)
+        _verify(run, view, keys, cache, tolerance)
+        costs = forward_costs(view, layout)
+        missing = np.flatnonzero(keys.missing(cache))
+        missing = missing[np.argsort(-costs[missing], kind="stable")]
         rank, world = shard
-        batches = _batches(missing, examples, layout, batch_tokens)
+        batches = _batches(missing.tolist(), costs, batch_tokens)
         if progress is not None:
             progress.total = len(missing)
         unsaved: dict[Key, float] = {}
@@ -211,19 +139,46 @@ def dataset_logprobs(
         # In each round every rank runs a batch, repeating one if none is left: sharded weights require it.
         for start in range(0, len(batches), world):
             batch = batches[min(start + rank, len(batches) - 1)]
-            sums = run([examples[i] for i in batch])
-            flat = [key for i in batch for key in keys[i]]
+            sums = run([view[i] for i in batch])
+            flat = [key for i in batch for key in keys.of(i)]
             unsaved.update(zip(flat, sums.tolist(), strict=True))
             done = [i for part in batches[start : start + world] for i in part]
             if progress is not None:
                 progress.advance(len(done))
-            waiting += sum(len(keys[i]) for i in done)
+            waiting += int(keys.counts[done].sum())
             if waiting >= _ROWS_PER_PART or start + world >= len(batches):
                 cache.add(gather(unsaved), on_disk=rank == 0)
                 unsaved, waiting = {}, 0
     finally:
         model.train(training)
-    return [[cache.values[key] for key in row] for row in keys]
+    values, known = cache.lookup(keys.flat)
+    if not known.all():
+        raise KeyError(f"{int((~known).sum())} values are missing")
+    return Ragged(values, keys.counts)
+
+
+class _Keys:
+    """The keys of all responses: `[Σ K, 2]`, and K of each example."""
+
+    def __init__(self, view: ExampleView) -> None:
+        self.flat = response_keys(view)
+        self.counts = view.response_counts()
+        self.stops = np.cumsum(self.counts)
+
+    def span(self, index: int) -> slice:
+        """Return where the keys of an example are."""
+        return slice(self.stops[index] - self.counts[index], self.stops[index])
+
+    def of(self, index: int) -> list[Key]:
+        """Return the keys of an example."""
+        return [(low, high) for low, high in self.flat[self.span(index)].tolist()]
+
+    def missing(self, cache: ReferenceCache) -> Array:
+        """Return `[n]` bool, whether a value of the example is not in the cache."""
+        _, known = cache.lookup(self.flat)
+        found = np.zeros(len(self.counts), dtype=bool)
+        found[np.repeat(np.arange(len(found)), self.counts)[~known]] = True
+        return found
 
 
 class _Pass:
@@ -246,14 +201,12 @@ class _Pass:
             return response_sums(logps, index, len(batch.response_tokens)).float().cpu()
 
 
-def _batches(
-    order: Sequence[int], examples: Sequence[Mapping[str, Any]], layout: Layout, batch_tokens: int
-) -> list[list[int]]:
+def _batches(order: Sequence[int], costs: Array, batch_tokens: int) -> list[list[int]]:
     """Group consecutive examples into batches within the token budget, with at least one example each."""
     batches: list[list[int]] = []
     room = 0
     for index in order:
-        tokens = forward_tokens(examples[index], layout)
+        tokens = int(costs[index])
         if not batches or tokens > room:
             batches.append([])
             room = batch_tokens
@@ -263,28 +216,24 @@ def _batches(
 
 
 def _verify(
-    run: _Pass,
-    examples: Sequence[Mapping[str, Any]],
-    keys: Sequence[Sequence[Key]],
-    cache: ReferenceCache,
-    tolerance: float,
+    run: _Pass, view: ExampleView, keys: _Keys, cache: ReferenceCache, tolerance: float
 ) -> None:
     """Recompute a few cached rows; if one differs, the cache is stale and is cleared."""
-    known = [i for i, row in enumerate(keys) if all(key in cache.values for key in row)]
-    if not known:
+    known = np.flatnonzero(~keys.missing(cache))
+    if not len(known):
         return
     chosen = np.random.default_rng(len(known)).choice(
         known, size=min(_VERIFIED_ROWS, len(known)), replace=False
     )
-    rows = [int(i) for i in chosen]
-    fresh = run([examples[i] for i in rows]).tolist()
-    stored = [cache.values[key] for i in rows for key in keys[i]]
-    tokens = [max(1, sum(mask)) for i in rows for mask in examples[i]["response_mask"]]
-    worst = max(abs(a - b) / n for a, b, n in zip(fresh, stored, tokens, strict=True))
+    examples = [view[int(i)] for i in chosen]
+    fresh = run(examples).tolist()
+    stored, _ = cache.lookup(np.concatenate([keys.flat[keys.span(int(i))] for i in chosen]))
+    tokens = [max(1, int(mask.sum())) for example in examples for mask in example["response_mask"]]
+    worst = max(abs(a - b) / n for a, b, n in zip(fresh, stored.tolist(), tokens, strict=True))
     if not worst <= tolerance:
         logger.warning(
             "reference log-prob cache %s is stale: %d rows differ by up to %.2g nats per token when "
             "recomputed. The entire cache is recomputed",
-            cache.folder, len(rows), worst,
+            cache.folder, len(examples), worst,
         )  # fmt: skip
         cache.forget()

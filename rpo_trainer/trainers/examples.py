@@ -10,28 +10,37 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from rpo_trainer.data.example_view import example_view
 from rpo_trainer.step.batch import Layout, PackedBatch, StepBatch
-from rpo_trainer.step.packing import forward_tokens, pack
+from rpo_trainer.step.packing import forward_costs, pack
 
 logger = logging.getLogger(__name__)
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """Rows of a tokenized data set, with additional columns that are computed later.
+    """Tokenized examples, with additional columns that are computed later.
 
     Args:
-        rows: a `datasets.Dataset` or any sequence of tokenized examples (see `rpo_trainer.step.packing`).
+        rows: a `datasets.Dataset`, which may be mapped from a file, or any sequence of tokenized examples
+            (see `rpo_trainer.step.packing`), which is read once and stored as Arrow.
+
+    Attributes:
+        view: the examples as dicts of arrays.
+        extra: a value for each example, by name of the column; numbers belong in arrays or in a `Ragged`.
+
+    Raises:
+        DataError: the rows are not tokenized examples.
     """
 
     def __init__(self, rows: Any) -> None:
-        self.rows = rows
+        self.view = example_view(rows)
         self.extra: dict[str, Sequence[Any]] = {}
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.view)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = dict(self.rows[index])
+        row = self.view[index]
         for name, values in self.extra.items():
             row[name] = values[index]
         return row
@@ -42,65 +51,32 @@ class Examples(Dataset[dict[str, Any]]):
 
     def without(self, column: str) -> np.ndarray:
         """Return the indices of the examples whose `column` is missing or null."""
-        if column in self.extra:
-            values: Any = self.extra[column]
-        elif not hasattr(self.rows, "with_format"):
-            values = [row.get(column) for row in self.rows]
-        elif column not in self.rows.column_names:
-            return np.arange(len(self.rows))
-        else:
-            values = self.rows.with_format("arrow")[:][column]
-            return np.flatnonzero(values.is_null().to_numpy())
-        return np.flatnonzero([value is None for value in values])
+        if column not in self.extra:
+            return self.view.without(column)
+        return np.flatnonzero([value is None for value in self.extra[column]])
 
     def response_counts(self) -> np.ndarray:
         """Return the K of each example."""
-        return np.array([len(lengths) for lengths in self._response_lengths()], dtype=np.int64)
+        return self.view.response_counts()
 
-    def costs(self, layout: Layout) -> list[int]:
-        """Return the number of tokens of a forward pass of each example."""
-        if not hasattr(self.rows, "with_format"):
-            return [forward_tokens(self.rows[i], layout) for i in range(len(self.rows))]
-        prompts = self._lengths("prompt_ids")
-        return [
-            (1 if layout == "shared" else len(lengths)) * int(prompt) + int(sum(lengths))
-            for prompt, lengths in zip(prompts, self._response_lengths(), strict=True)
-        ]
+    def costs(self, layout: Layout) -> np.ndarray:
+        """Return `[n]` int64, the number of tokens of a forward pass of each example."""
+        return forward_costs(self.view, layout)
 
-    def shapes(self, layout: Layout) -> list[tuple[int, int]]:
-        """Return (rows, length) of each example: a forward costs Σ rows × maximum length, in tokens.
+    def shapes(self, layout: Layout) -> np.ndarray:
+        """Return `[n, 2]` int64, (rows, length) of each example.
 
-        In the padded layout an example is K rows of the length of the longest; otherwise each token is a row
-        of length 1.
+        A forward costs Σ rows × maximum length, in tokens. In the padded layout an example is K rows of the
+        length of the longest; otherwise each token is a row of length 1.
         """
         if layout != "padded":
-            return [(cost, 1) for cost in self.costs(layout)]
-        prompts = (
-            self._lengths("prompt_ids")
-            if hasattr(self.rows, "with_format")
-            else [len(row["prompt_ids"]) for row in self.rows]
-        )
-        return [
-            (len(lengths), prompt + max(lengths))
-            for prompt, lengths in zip(prompts, self._response_lengths(), strict=True)
-        ]
-
-    def _lengths(self, column: str) -> list[int]:
-        import pyarrow.compute as pc
-
-        table = self.rows.with_format("arrow")[:]
-        return pc.list_value_length(table[column]).to_pylist()  # type: ignore[no-any-return]
-
-    def _response_lengths(self) -> list[list[int]]:
-        if not hasattr(self.rows, "with_format"):
-            return [list(map(len, row["response_ids"])) for row in self.rows]
-        import pyarrow.compute as pc
-
-        column = self.rows.with_format("arrow")[:]["response_ids"]
-        counts = pc.list_value_length(column).to_pylist()
-        inner = pc.list_value_length(pc.list_flatten(column)).to_pylist()
-        stops = np.cumsum(counts).tolist()
-        return [inner[stop - count : stop] for stop, count in zip(stops, counts, strict=True)]
+            costs = self.costs(layout)
+            return np.stack([costs, np.ones_like(costs)], axis=1)
+        counts = self.view.response_counts()
+        longest = np.zeros_like(counts)
+        owner = np.repeat(np.arange(len(counts)), counts)
+        np.maximum.at(longest, owner, self.view.response_lengths())
+        return np.stack([counts, self.view.prompt_lengths() + longest], axis=1)
 
 
 class PackingCollator:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,6 @@ logger = logging.getLogger(__name__)
 # Fraction of trained spans, or of the occurrences of a token; rarer ones may be due to truncation.
 _MIN_FRACTION = 0.01
 _OFFSETS = 8  # maximum offset of position tables: 2 in OPT and BART
-_ROWS = 256  # rows of a data set that are read at once
 
 
 def check_fit(
@@ -112,8 +110,13 @@ def trained_ends(examples: Examples | None, tokenizer: Any) -> list[int]:
     ends: Counter[int] = Counter()
     inside: Counter[int] = Counter()
     spans = 0
-    for ids, mask, last in _responses(examples):
-        trained = mask == 1
+    for block in examples.view.blocks():
+        ids = block.response_ids
+        if len(ids) != len(block.response_mask):
+            continue  # the collator refuses it
+        last = np.zeros(len(ids), dtype=bool)
+        last[np.cumsum(block.response_lengths)[block.response_lengths > 0] - 1] = True
+        trained = block.response_mask == 1
         followed = trained & np.append(trained[1:], False) & ~last
         final = trained & ~followed
         spans += int(final.sum())
@@ -139,29 +142,6 @@ def _known_ends(tokenizer: Any) -> set[int]:
         return set(end_token_ids(tokenizer))
     end = getattr(tokenizer, "eos_token_id", None)
     return set() if end is None else {int(end)}
-
-
-def _responses(examples: Examples) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield token ids, masks and whether a token is the last of its response, for consecutive responses."""
-    rows = examples.rows
-    if not hasattr(rows, "with_format"):
-        for row in rows:
-            for ids, mask in zip(row["response_ids"], row["response_mask"], strict=True):
-                if 0 < len(ids) == len(mask):  # the collator refuses others
-                    last = np.arange(len(ids)) == len(ids) - 1
-                    yield np.asarray(ids), np.asarray(mask, dtype=np.int64), last
-        return
-    import pyarrow.compute as pc
-
-    for table in _tables(rows, ["response_ids", "response_mask"]):
-        responses = pc.list_flatten(table["response_ids"])
-        lengths = pc.list_value_length(responses).to_numpy()
-        ids = pc.list_flatten(responses).to_numpy()
-        mask = pc.list_flatten(pc.list_flatten(table["response_mask"])).to_numpy()
-        last = np.zeros(len(ids), dtype=bool)
-        last[np.cumsum(lengths)[lengths > 0] - 1] = True
-        if 0 < len(ids) == len(mask):
-            yield ids, mask, last
 
 
 def longest_text(model: nn.Module, *sets: Any) -> int | None:
@@ -193,32 +173,17 @@ def check_layout(model: nn.Module, examples: Examples, layout: Layout, longest: 
 
 
 def _longest(examples: Examples) -> int:
-    return max((length for _, length in examples.shapes("padded")), default=0)
+    return int(examples.shapes("padded")[:, 1].max(initial=0))
 
 
 def _extremes(examples: Examples) -> tuple[int, int, int]:
     """Return the largest and smallest token id, and tokens of the longest prompt with response."""
-    rows = examples.rows
-    longest = _longest(examples)
-    if not hasattr(rows, "with_format"):
-        ids = [
-            i for row in rows for part in (row["prompt_ids"], *row["response_ids"]) for i in part
-        ]
-        return max(ids), min(ids), longest
-    import pyarrow.compute as pc
-
-    found = [
-        pc.min_max(part).as_py()
-        for table in _tables(rows, ["prompt_ids", "response_ids"])
-        for part in (
-            pc.list_flatten(table["prompt_ids"]),
-            pc.list_flatten(pc.list_flatten(table["response_ids"])),
-        )
-        if len(part)
+    parts = [
+        ids
+        for block in examples.view.blocks()
+        for ids in (block.prompt_ids, block.response_ids)
+        if len(ids)
     ]
-    return max(f["max"] for f in found), min(f["min"] for f in found), longest
-
-
-def _tables(rows: Any, columns: list[str]) -> Iterator[Any]:
-    """Yield the columns of a data set as Arrow tables of a few rows, to avoid a copy of all rows."""
-    yield from rows.select_columns(columns).with_format("arrow").iter(batch_size=_ROWS)
+    largest = max((int(ids.max()) for ids in parts), default=0)
+    smallest = min((int(ids.min()) for ids in parts), default=0)
+    return largest, smallest, _longest(examples)

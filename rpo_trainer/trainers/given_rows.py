@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from rpo_trainer.data import Audit
+from rpo_trainer.data.arrow_rows import Array, ArrowRows
+from rpo_trainer.data.example_table import ExampleTable, example_dataset
+from rpo_trainer.data.tokenize import TOKENIZED
 from rpo_trainer.errors import DataError
 
 Row = Mapping[str, Any]
@@ -85,10 +90,10 @@ def is_plain_text(dataset: Any) -> bool:
 
 
 class Tokenized(NamedTuple):
-    """Texts of a row: token ids, and 1 for tokens that are trained."""
+    """Texts of a row: token ids, and whether a token is trained."""
 
-    ids: list[list[int]]
-    masks: list[list[int]]
+    ids: list[Array]
+    masks: list[Array]
 
 
 def tokenized_rows(
@@ -99,33 +104,36 @@ def tokenized_rows(
     truncation: str,
     audit: Audit,
 ) -> Any:
-    """Return examples from rows that were tokenized for TRL; None if the rows are not.
+    """Return examples from rows that are tokenized, by the user or for TRL; None if the rows are not.
 
-    SFT: `input_ids`, with `labels` (-100 is not trained), or with `completion_mask` and `assistant_masks` (a
+    Rows with `prompt_ids`, `response_ids` and `response_mask` are returned unchanged. For TRL, SFT:
+    `input_ids`, with `labels` (-100 is not trained), or with `completion_mask` and `assistant_masks` (a
     token is trained where all that are present are 1); without them all tokens are trained. Preferences:
     `prompt_ids`, `chosen_ids`, `rejected_ids`, with or without `chosen_reward` and `rejected_reward`. No end
     token is added.
 
     Args:
-        max_length: tokens of prompt and response; longer rows are dropped or truncated, see `truncation`.
+        max_length: tokens of prompt and response; longer rows for TRL are dropped or truncated, see
+            `truncation`.
         audit: counts what is dropped.
 
     Raises:
         DataError: columns of a row that do not match.
     """
-    import datasets
-
     columns = column_names(dataset)
+    if columns.issuperset(TOKENIZED):
+        return dataset if hasattr(dataset, "with_format") else example_dataset(dataset)
     if kind == "sft" and _SFT in columns:
         read: Callable[[Row, int], Tokenized] = _sft
     elif kind == "pair" and (names := _preference_columns(columns)) is not None:
         read = lambda row, number: _preference(row, names)  # noqa: E731
     else:
         return None
-    examples = []
+    examples = ExampleTable()
     audit.add_read(_SOURCE, len(dataset))
-    for number in range(len(dataset)):
-        row = dataset[number]
+    rows = ArrowRows.of(dataset) if hasattr(dataset, "with_format") else dataset
+    for number in range(len(rows)):
+        row = rows[number]
         row_id = str(row.get("id", f"{_SOURCE}:{number}"))
         found = read(row, number)
         longest = max(map(len, found.ids))
@@ -137,26 +145,29 @@ def tokenized_rows(
             found = Tokenized(*([text[:max_length] for text in part] for part in found))
             audit.warn("truncated", row_id)
         prompt = _prompt_length(found)
-        if not all(any(mask[prompt:]) for mask in found.masks):
+        if not all(mask[prompt:].any() for mask in found.masks):
             audit.drop("no_trained_tokens", row_id)
             continue
-        if len(found.ids) == 2 and found.ids[0] == found.ids[1]:
+        if len(found.ids) == 2 and np.array_equal(found.ids[0], found.ids[1]):
             audit.drop("identical_responses", row_id)
             continue
         audit.keep(_SOURCE)
         audit.add_lengths(prompt, (len(ids) - prompt for ids in found.ids))
         rewards = row.get("chosen_reward"), row.get("rejected_reward")
-        examples.append(
+        ends = [
+            int(np.flatnonzero(mask)[-1]) + 1 for mask in found.masks
+        ]  # later tokens are not used
+        examples.add(
             {
                 "id": row_id,
                 "prompt_ids": found.ids[0][:prompt],
-                "response_ids": [_trained(ids, mask)[prompt:] for ids, mask in zip(*found, strict=True)],
-                "response_mask": [_trained(mask, mask)[prompt:] for mask in found.masks],
+                "response_ids": [i[prompt:end] for i, end in zip(found.ids, ends, strict=True)],
+                "response_mask": [m[prompt:end] for m, end in zip(found.masks, ends, strict=True)],
                 "rewards": None if None in rewards else list(rewards),
             }
-        )  # fmt: skip
+        )
     audit.max_length = max_length
-    return datasets.Dataset.from_list(examples)
+    return examples.dataset()
 
 
 def _preference_columns(columns: set[str]) -> tuple[str, ...] | None:
@@ -164,14 +175,16 @@ def _preference_columns(columns: set[str]) -> tuple[str, ...] | None:
 
 
 def _sft(row: Row, number: int) -> Tokenized:
-    ids = list(row["input_ids"])
+    ids = np.asarray(row["input_ids"])
     masks = [
-        row[name] for name in ("completion_mask", "assistant_masks") if row.get(name) is not None
+        np.asarray(row[name]) != 0
+        for name in ("completion_mask", "assistant_masks")
+        if row.get(name) is not None
     ]
-    labels = row.get("labels")
-    if labels is not None:
+    if row.get("labels") is not None:
+        labels = np.asarray(row["labels"])
         _require_length(labels, ids, "labels", number)
-        if any(label not in (token, _IGNORED) for label, token in zip(labels, ids, strict=True)):
+        if ((labels != ids) & (labels != _IGNORED)).any():
             raise DataError(
                 f"the labels of row {number} are not its input_ids",
                 code="data.tokenized-row",
@@ -179,19 +192,18 @@ def _sft(row: Row, number: int) -> Tokenized:
                 why="each label belongs to the token at its own position; the model shifts them",
                 fix=f"use a copy of input_ids, with {_IGNORED} where a token is not trained",
             )
-        masks.append([int(label != _IGNORED) for label in labels])
+        masks.append(labels != _IGNORED)
     for mask in masks:
         _require_length(mask, ids, "a mask", number)
-    trained = [int(all(values)) for values in zip(*masks, strict=True)] if masks else [1] * len(ids)
-    padding = row.get("attention_mask")
-    if padding is not None:
-        _require_length(padding, ids, "attention_mask", number)
-        trained = [value for value, real in zip(trained, padding, strict=True) if real]
-        ids = [token for token, real in zip(ids, padding, strict=True) if real]
+    trained = np.logical_and.reduce(masks) if masks else np.ones(len(ids), dtype=bool)
+    if row.get("attention_mask") is not None:
+        real = np.asarray(row["attention_mask"]) != 0
+        _require_length(real, ids, "attention_mask", number)
+        ids, trained = ids[real], trained[real]
     return Tokenized([ids], [trained])
 
 
-def _require_length(values: Sequence[Any], ids: Sequence[int], name: str, number: int) -> None:
+def _require_length(values: Array, ids: Array, name: str, number: int) -> None:
     if len(values) != len(ids):
         raise DataError(
             f"row {number} has {len(ids)} input_ids, and {name} of length {len(values)}",
@@ -202,18 +214,13 @@ def _require_length(values: Sequence[Any], ids: Sequence[int], name: str, number
 
 
 def _preference(row: Row, names: Sequence[str]) -> Tokenized:
-    prompt, *responses = (list(row[name]) for name in names)
+    prompt, *responses = (np.asarray(row[name]) for name in names)
     return Tokenized(
-        [prompt + response for response in responses],
-        [[0] * len(prompt) + [1] * len(response) for response in responses],
+        [np.concatenate([prompt, response]) for response in responses],
+        [np.arange(len(prompt) + len(response)) >= len(prompt) for response in responses],
     )
 
 
 def _prompt_length(found: Tokenized) -> int:
     """Return the number of tokens before the first trained one, at least one to predict it from."""
-    return max(1, min(mask.index(1) if 1 in mask else len(mask) for mask in found.masks))
-
-
-def _trained(values: list[int], mask: list[int]) -> list[int]:
-    """Return the values up to the last trained token; later tokens are not used."""
-    return values[: len(mask) - mask[::-1].index(1)]
+    return max(1, min(int(mask.argmax()) if mask.any() else len(mask) for mask in found.masks))

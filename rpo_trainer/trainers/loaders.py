@@ -36,13 +36,13 @@ def train_loader(
     }
     if args.micro_batch_tokens is None:
         sampler = StepBatchSampler(
-            examples.costs(collate.layout),
+            examples.costs(collate.layout).tolist(),
             global_batch_size=micro_batch_size * args.gradient_accumulation_steps * args.world_size,
             micro_batch_size=micro_batch_size,
             **settings,
         )
         return _loader(examples, args, sampler, collate)
-    shapes = examples.shapes(collate.layout)
+    shapes = examples.shapes(collate.layout).tolist()
     longer = [cost for rows, length in shapes if (cost := rows * length) > args.micro_batch_tokens]
     if longer and args.process_index == 0:
         logger.warning(
@@ -62,7 +62,7 @@ def train_loader(
 def eval_loader(examples: Examples, args: BaseConfig, collate: PackingCollator) -> DataLoader[Any]:
     """Return micro-batches of this rank, longest first."""
     sampler = StepBatchSampler(
-        examples.costs(collate.layout),
+        examples.costs(collate.layout).tolist(),
         global_batch_size=args.eval_batch_size * args.world_size,
         micro_batch_size=args.eval_batch_size,
         world_size=args.world_size,

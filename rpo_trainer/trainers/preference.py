@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rpo_trainer.data.ragged import Ragged
 from rpo_trainer.errors import DataError, RecipeError, RunError
 from rpo_trainer.losses import LOSSES, more_than_pairs
 from rpo_trainer.models.adapter_parts import warn_of_random
@@ -23,6 +24,7 @@ from rpo_trainer.runtime.row_progress import RowProgress
 from rpo_trainer.step import reference
 from rpo_trainer.step.batch import PackedBatch
 from rpo_trainer.step.layout_probe import probe_on_all_ranks
+from rpo_trainer.step.reference_cache import ReferenceCache
 from rpo_trainer.trainers.base import BaseTrainer
 from rpo_trainer.trainers.config import DPOConfig, PreferenceConfig, RPOConfig
 from rpo_trainer.trainers.early_warnings import EarlyWarnings
@@ -187,7 +189,7 @@ class PreferenceTrainer(BaseTrainer):
         folder = Path(
             self.args.reference_cache_dir or Path(str(self.args.output_dir)) / "reference-cache"
         )
-        cache = on_main(lambda: reference.ReferenceCache(folder / key))
+        cache = on_main(lambda: ReferenceCache(folder / key))
         for examples in self._data_sets().values():
             examples.extra["reference_logps"] = self._reference_of(model, examples, cache)
         self._reference_key = key
@@ -206,9 +208,7 @@ class PreferenceTrainer(BaseTrainer):
             key = reference.model_key(model, arithmetic=str(self.args.mixed_precision_dtype()))
         return broadcast(key)
 
-    def _reference_of(
-        self, model: nn.Module, examples: Examples, cache: reference.ReferenceCache
-    ) -> list[list[float]]:
+    def _reference_of(self, model: nn.Module, examples: Examples, cache: ReferenceCache) -> Ragged:
         args = self.args
         dtype = args.mixed_precision_dtype() or next(model.parameters()).dtype
         main, bar = args.process_index == 0, not args.disable_tqdm
@@ -218,7 +218,7 @@ class PreferenceTrainer(BaseTrainer):
         ):
             return reference.dataset_logprobs(
                 model,
-                examples,  # type: ignore[arg-type]
+                examples.view,
                 layout=self.layout if model is self.model else self._reference_layout,
                 cache=cache,
                 batch_tokens=args.reference_batch_tokens,
@@ -275,7 +275,7 @@ class PreferenceTrainer(BaseTrainer):
             examples.extra["reference_logps"] = self._reference_of(
                 model if self.engine.wraps_late else model.to(self.args.device),
                 examples,
-                reference.ReferenceCache(None),
+                ReferenceCache(None),
             )
         return examples
 

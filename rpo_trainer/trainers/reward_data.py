@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ def check_rated(examples: Examples, attributes: Sequence[str], name: str) -> Non
         fix="add ratings, or train on pairs",
     )
     width = len(attributes)
-    wrong = [i for i, row in enumerate(_column(examples, "attributes")) if not _fits(row, width)]
+    wrong = [i for i, row in enumerate(examples.view) if not _fits(row["attributes"], width)]
     if wrong:
         raise DataError(
             f"{len(wrong)} rows of the {name} data do not have one rating (a number or null) for each of "
@@ -136,11 +136,6 @@ def _check_column(
         )
 
 
-def _column(examples: Examples, name: str) -> Iterable[Any]:
-    rows = examples.rows
-    return rows[name] if hasattr(rows, "with_format") else [row[name] for row in rows]
-
-
 def _fits(ratings: Any, width: int) -> bool:
     return (
         len(ratings) == width
@@ -150,11 +145,8 @@ def _fits(ratings: Any, width: int) -> bool:
 
 
 def _last_tokens(examples: Examples) -> set[int]:
-    if not hasattr(examples.rows, "with_format"):
-        return {r[-1] for row in examples.rows for r in row["response_ids"] if len(r)}
-    import pyarrow.compute as pc
-
-    responses = pc.list_flatten(examples.rows.with_format("arrow")[:]["response_ids"])
-    lengths = pc.list_value_length(responses).to_numpy()
-    tokens = pc.list_flatten(responses).to_numpy()
-    return set(tokens[np.cumsum(lengths)[lengths > 0] - 1].tolist())
+    found: set[int] = set()
+    for block in examples.view.blocks():
+        stops = np.cumsum(block.response_lengths)[block.response_lengths > 0]
+        found.update(np.unique(block.response_ids[stops - 1]).tolist())
+    return found

@@ -92,7 +92,7 @@ def test_losses_and_margins_agree(case: str, tmp_path: Path, capsys: Any) -> Non
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=tokenizer,
     )  # fmt: skip
-    for row, other in zip(ours.train_dataset.rows, theirs.train_dataset, strict=True):
+    for row, other in zip(ours.train_dataset.view.dataset, theirs.train_dataset, strict=True):
         assert (
             row["prompt_ids"] + row["response_ids"][0] == other["prompt_ids"] + other["chosen_ids"]
         )

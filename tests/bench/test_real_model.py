@@ -111,7 +111,7 @@ def test_dpo_20_steps(tmp_path: Any, capsys: Any) -> None:
         processing_class=tokenizer(),
     )  # fmt: skip
     theirs.train_dataset = theirs.train_dataset.map(without_newline)
-    for row, other in zip(ours.train_dataset.rows, theirs.train_dataset, strict=True):
+    for row, other in zip(ours.train_dataset.view.dataset, theirs.train_dataset, strict=True):
         assert row["prompt_ids"] == other["prompt_ids"]
         assert row["response_ids"] == [other["chosen_ids"], other["rejected_ids"]]
     ours.train()
@@ -168,7 +168,7 @@ def test_sft_10_steps_on_the_assistants_words(tmp_path: Any, capsys: Any) -> Non
         train_dataset=datasets.Dataset.from_list(rows),
         processing_class=marked,
     )  # fmt: skip
-    for row, other in zip(ours.train_dataset.rows, theirs.train_dataset, strict=True):
+    for row, other in zip(ours.train_dataset.view.dataset, theirs.train_dataset, strict=True):
         ids = row["prompt_ids"] + row["response_ids"][0]
         mask = [0] * len(row["prompt_ids"]) + list(row["response_mask"][0])
         labels = [i if kept else -100 for i, kept in zip(ids, mask, strict=True)]

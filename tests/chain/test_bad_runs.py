@@ -352,7 +352,7 @@ def test_a_stale_or_half_written_reference_cache(
 ) -> None:
     from safetensors.numpy import load_file
 
-    from rpo_trainer.step.reference import ReferenceCache
+    from rpo_trainer.step.reference_cache import ReferenceCache
 
     (part,) = (again / "run" / "reference-cache").rglob("part-*")
     keys = load_file(part)["keys"].tolist()

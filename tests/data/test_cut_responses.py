@@ -16,7 +16,7 @@ from rpo_trainer.errors import DataError
 from rpo_trainer.report.audits import read_audit
 from rpo_trainer.rewards.pairs import make_preference_rows
 from rpo_trainer.stages.record import AuditRecord
-from rpo_trainer.step.reference import response_key
+from rpo_trainer.step.reference_cache import response_key
 from tests.raising import raises
 
 from .chat_shapes import CASES, SHAPES, USER

@@ -172,11 +172,11 @@ def train(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
 
 def _references(out: Path) -> dict[Any, float]:
     """The reference log-probs on disk."""
-    from rpo_trainer.step.reference import ReferenceCache
+    from rpo_trainer.step.reference_cache import ReferenceCache
 
     found: dict[Any, float] = {}
     for folder in sorted((out / "reference").glob("*")):
-        found |= {(folder.name, key): value for key, value in ReferenceCache(folder).values.items()}
+        found |= {(folder.name, key): value for key, value in ReferenceCache(folder).items()}
     return found
 
 

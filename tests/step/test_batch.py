@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from rpo_trainer.data.example_view import example_view
 from rpo_trainer.step import batch as batch_module
 from rpo_trainer.step.batch import AttentionPlan, Reach, Segment, sees
 from rpo_trainer.step.packing import forward_tokens, pack
@@ -206,6 +208,71 @@ def test_masks_are_made_once():
 def test_an_example_that_does_not_fit_itself_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         pack([SECOND, {**FIRST, **change}], "shared")
+
+
+def plain_inputs(examples: list[dict[str, Any]], layout: str) -> dict[str, list[Any]]:
+    """The inputs of a micro-batch, token by token."""
+    rows: list[list[tuple[int, int, int]]] = [[]]  # token, position, uses
+    found: dict[str, list[Any]] = {"predict_index": [], "labels": [], "last_index": [], "owner": []}
+    longest = max(len(e["prompt_ids"]) + len(r) for e in examples for r in e["response_ids"])
+    for example in examples:
+        prompt, responses = example["prompt_ids"], example["response_ids"]
+        for k, (response, mask) in enumerate(zip(responses, example["response_mask"], strict=True)):
+            if layout == "padded" and rows[-1]:
+                rows.append([])
+            before = longest * (len(rows) - 1)
+            if k == 0 or layout != "shared":
+                uses = len(responses) if layout == "shared" else 1
+                rows[-1] += [(token, place, uses) for place, token in enumerate(prompt)]
+                end = before + len(rows[-1]) - 1
+            first = before + len(rows[-1])
+            rows[-1] += [(token, place, 1) for place, token in enumerate(response, len(prompt))]
+            for place, trained in enumerate(mask):
+                if trained:
+                    found["predict_index"].append(first + place - 1 if place else end)
+                    found["labels"].append(response[place])
+                    found["owner"].append(len(found["last_index"]))
+            found["last_index"].append(first + len(response) - 1 if response else end)
+    if layout == "padded":
+        rows = [[*row, *((9, p, 0) for p in range(len(row), longest))] for row in rows]
+    for i, name in enumerate(("input_ids", "position_ids", "token_uses")):
+        found[name] = [[value[i] for value in row] for row in rows]
+    return found
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+@pytest.mark.parametrize("seed", range(5))
+def test_arrays_and_lists_are_packed_as_token_by_token(layout, seed):
+    rng = np.random.default_rng(seed)
+
+    def example() -> dict[str, Any]:
+        lengths = rng.integers(0, 6, rng.integers(1, 5))
+        return {
+            "prompt_ids": rng.integers(0, 99, rng.integers(1, 6)).tolist(),
+            "response_ids": [rng.integers(0, 99, n).tolist() for n in lengths],
+            "response_mask": [rng.integers(0, 2, n).tolist() for n in lengths],
+        }
+
+    examples = [example() for _ in range(rng.integers(1, 5))]
+    expected = plain_inputs(examples, layout)
+    for rows in (examples, list(example_view(examples))):
+        batch = pack(rows, layout, pad_token_id=9)
+        found = {
+            name: value.tolist()
+            for name, value in vars(batch.model_inputs).items()
+            if name in expected
+        }
+        assert {**found, "owner": batch.response_index.tolist()} == expected
+        assert batch.response_tokens.tolist() == [
+            sum(mask) for example in examples for mask in example["response_mask"]
+        ]
+        assert batch.counts.tolist() == [
+            len(examples),
+            sum(sum(example["response_mask"][0]) for example in examples),
+        ]
+        assert {t.dtype for t in vars(batch.model_inputs).values() if torch.is_tensor(t)} == {
+            torch.long
+        }
 
 
 def test_an_empty_micro_batch_is_refused():

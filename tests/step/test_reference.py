@@ -9,17 +9,21 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from rpo_trainer.data.example_view import ExampleView, example_view
 from rpo_trainer.step import reference
 from rpo_trainer.step.forward import install
-from rpo_trainer.step.reference import ReferenceCache, dataset_logprobs, model_key, response_key
+from rpo_trainer.step.reference import cached_logprobs, dataset_logprobs, model_key
+from rpo_trainer.step.reference_cache import ReferenceCache, response_key, response_keys
 from tests.small_models import make_model
 from tests.trainers.plain import make_rows, plain_sums
 
 ROWS = make_rows(0, (2, 3, 2, 5, 2, 2, 4, 2, 3, 2))
+FIRST_KEY = (2593973650149420138, 6612356335525143378)
 RESPONSES = sum(len(row["response_ids"]) for row in ROWS)
 
 
@@ -60,7 +64,10 @@ def computed(monkeypatch) -> list[int]:
 def compute(
     model: Any, rows: Any, folder: Path | None = None, **settings: Any
 ) -> list[list[float]]:
-    return dataset_logprobs(model, rows, layout="shared", cache=ReferenceCache(folder), **settings)
+    values = dataset_logprobs(
+        model, rows, layout="shared", cache=ReferenceCache(folder), **settings
+    )
+    return list(values)
 
 
 # --- values ---
@@ -147,6 +154,62 @@ def test_every_token_and_mask_counts():
     assert response_key([1, 2], [3, 4], [1, 1]) in keys
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.int8, np.int64])
+def test_keys_from_buffers_are_those_of_lists_and_of_earlier_versions(kind):
+    rows = make_rows(3, (2, 3, 1, 4), spans=True)
+    rows[1]["response_ids"][0], rows[1]["response_mask"][0] = [], []
+    masks = [[np.array(mask, dtype=kind) for mask in row["response_mask"]] for row in rows]
+    view = example_view([{**row, "response_mask": m} for row, m in zip(rows, masks, strict=True)])
+    expected = [
+        response_key(row["prompt_ids"], ids, mask)
+        for row in rows
+        for ids, mask in zip(row["response_ids"], row["response_mask"], strict=True)
+    ]
+    assert list(map(tuple, response_keys(view).tolist())) == expected
+    # As written by the first version: caches on disk stay valid.
+    assert response_key([1, 2, 3], [4, 5], [1, 0]) == FIRST_KEY
+    assert response_key(np.array([1, 2, 3]), np.array([4, 5]), np.array([1, 0], kind)) == FIRST_KEY
+
+
+def test_a_cache_is_a_dict_of_its_newest_values(tmp_path):
+    rng = np.random.default_rng(0)
+    keys = [
+        (int(low), int(high)) for low, high in rng.integers(-9, 9, (300, 2))
+    ]  # many equal halves
+    expected: dict[Any, float] = {}
+    cache = ReferenceCache(tmp_path)
+    for start in range(0, 300, 60):
+        part = {key: float(start + i) for i, key in enumerate(keys[start : start + 60])}
+        cache.add(part)
+        expected |= part
+        assert dict(cache) == expected and len(cache) == len(expected)
+    wanted = np.array([*keys, *((n, 100) for n in range(-10, 10))], dtype=np.int64)
+    values, known = cache.lookup(wanted)
+    assert known.tolist() == [True] * 300 + [False] * 20
+    assert values[:300].tolist() == [expected[key] for key in keys]
+    assert (0, 100) not in cache and cache.get((0, 100)) is None
+    cache.forget()
+    assert dict(cache) == {} and parts(tmp_path) == []
+    assert not cache.lookup(wanted)[1].any()
+
+
+def test_cached_values_alone_are_read_without_a_model(model, tmp_path):
+    first = compute(model, ROWS[:6], tmp_path)
+    cache = ReferenceCache(tmp_path)
+    assert list(cached_logprobs(ROWS[:6], cache)) == first
+    assert cached_logprobs(ROWS, cache) is None
+
+
+def test_each_example_is_read_once(model, monkeypatch):
+    view, read = example_view(ROWS), []
+    own = ExampleView.__getitem__
+    monkeypatch.setattr(
+        ExampleView, "__getitem__", lambda *args: read.append(args[1]) or own(*args)
+    )
+    compute(model, view)
+    assert sorted(read) == list(range(len(ROWS)))
+
+
 def test_a_killed_pass_resumes(model, tmp_path, computed, monkeypatch):
     monkeypatch.setattr(reference, "_ROWS_PER_PART", 4)
     own, calls = reference.token_logprobs, []
@@ -160,7 +223,7 @@ def test_a_killed_pass_resumes(model, tmp_path, computed, monkeypatch):
     monkeypatch.setattr(reference, "token_logprobs", dies)
     with pytest.raises(KeyboardInterrupt):
         compute(model, ROWS, tmp_path, batch_tokens=40)
-    kept = len(ReferenceCache(tmp_path).values)
+    kept = len(ReferenceCache(tmp_path))
     assert 4 <= kept < RESPONSES
     computed.clear()
     values = compute(model, ROWS, tmp_path, batch_tokens=40)
@@ -224,10 +287,10 @@ def test_a_damaged_part_is_computed_again(harm, model, tmp_path, computed, caplo
 def test_no_single_flipped_byte_gives_a_wrong_value(model, tmp_path):
     compute(model, ROWS[:2], tmp_path)
     (part,) = parts(tmp_path)
-    content, good = part.read_bytes(), ReferenceCache(tmp_path).values
+    content, good = part.read_bytes(), dict(ReferenceCache(tmp_path))
     for place in range(len(content)):
         part.write_bytes(content[:place] + bytes([content[place] ^ 0x40]) + content[place + 1 :])
-        found = ReferenceCache(tmp_path).values
+        found = dict(ReferenceCache(tmp_path))
         assert found == {} or found == good, place
 
 
@@ -253,22 +316,22 @@ def test_leftovers_of_a_write_are_ignored(model, tmp_path, computed):
 def test_wrong_values_are_found_on_load(model, tmp_path, caplog):
     first = compute(model, ROWS, tmp_path)
     cache = ReferenceCache(tmp_path)
-    wrong = {key: value + 1.0 for key, value in cache.values.items()}
+    wrong = {key: value + 1.0 for key, value in cache.items()}
     cache.forget()
     assert parts(tmp_path) == []
     ReferenceCache(tmp_path).add(wrong)
-    assert ReferenceCache(tmp_path).values == pytest.approx(wrong)
+    assert dict(ReferenceCache(tmp_path)) == pytest.approx(wrong)
     values = compute(model, ROWS, tmp_path)
     assert "is stale" in caplog.text
     for a, b in zip(values, first, strict=True):
         assert a == pytest.approx(b, rel=1e-6)
-    assert max(ReferenceCache(tmp_path).values.values()) < max(wrong.values())
+    assert max(ReferenceCache(tmp_path).values()) < max(wrong.values())
 
 
 def test_rounding_within_the_tolerance_is_not_stale(model, tmp_path, caplog):
     compute(model, ROWS, tmp_path)
     cache = ReferenceCache(tmp_path)
-    cache.add({key: value + 5e-4 for key, value in cache.values.items()})
+    cache.add({key: value + 5e-4 for key, value in cache.items()})
     compute(model, ROWS, tmp_path)
     assert "stale" not in caplog.text
     compute(model, ROWS, tmp_path, tolerance=1e-6)

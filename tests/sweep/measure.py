@@ -206,7 +206,7 @@ def _preference(
         found: Result = {
             "layout": trainer.layout, "fused": transformers_model(trainer.model)._rpo_head.fused
         }  # fmt: skip
-        logps = torch.tensor(trainer.train_dataset.extra["reference_logps"]).flatten()
+        logps = torch.from_numpy(trainer.train_dataset.extra["reference_logps"].values)
         found["logps_off"] = _relative(logps, sums)
         found["gradient_off"] = _off(got, gradient)
         trainer.save_model(f"{folder}/saved")

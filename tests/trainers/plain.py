@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,15 @@ def make_rows(
             row["rewards"].sort(reverse=True)
         rows.append(row)
     return rows
+
+
+def as_lists(value: Any) -> Any:
+    """An example with lists in place of arrays."""
+    if isinstance(value, dict):
+        return {name: as_lists(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [as_lists(part) for part in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 PAIRS = (2,) * 8

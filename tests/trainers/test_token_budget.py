@@ -132,8 +132,8 @@ def test_shapes_are_the_tokens_of_a_forward(trainer_of):
     rows = rows_of("dpo")
     for examples in (Examples(rows), Examples(datasets.Dataset.from_list(rows))):
         for layout in ("shared", "packed"):
-            assert examples.shapes(layout) == [(cost, 1) for cost in examples.costs(layout)]
-        assert examples.shapes("padded") == [
-            (len(row["response_ids"]), len(row["prompt_ids"]) + max(map(len, row["response_ids"])))
+            assert examples.shapes(layout).tolist() == [[c, 1] for c in examples.costs(layout)]
+        assert examples.shapes("padded").tolist() == [
+            [len(row["response_ids"]), len(row["prompt_ids"]) + max(map(len, row["response_ids"]))]
             for row in rows
         ]

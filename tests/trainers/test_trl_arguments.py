@@ -17,7 +17,7 @@ from rpo_trainer.trainers.unknown_arguments import ELSEWHERE
 from tests.raising import raises
 from tests.small_models import make_model
 from tests.trainers.conftest import TRAINERS
-from tests.trainers.plain import PAIRS, assert_bitwise_equal, make_rows, rows_of
+from tests.trainers.plain import PAIRS, as_lists, assert_bitwise_equal, make_rows, rows_of
 
 CONFIGS = [SFTConfig, DPOConfig, RewardConfig]
 # A value that changes the result, for each argument with some refused values
@@ -230,7 +230,7 @@ def test_a_formatting_function_makes_the_rows(
 
     made, expected = trained(TEXTS, formatting_func=function), trained(rows)
     columns = ("prompt_ids", "response_ids", "response_mask")
-    for one, other in zip(made, expected, strict=True):
+    for one, other in zip(map(as_lists, made), map(as_lists, expected), strict=True):
         assert [one[name] for name in columns] == [other[name] for name in columns]
 
 
@@ -251,7 +251,7 @@ def test_text_of_another_column_trains_with_its_special_tokens(
     args = make_config("sft", dataset_text_field="words")
     trainer = SFTTrainer(copy.deepcopy(character_model), args, rows, processing_class=tokenizer)
     (ids,) = trainer.train_dataset[0]["response_ids"]
-    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+    assert (ids == tokenizer.eos_token_id).sum() == 1 and ids[-1] == tokenizer.eos_token_id
 
 
 IDS = [1, 5, 6, 7, 8, 2]
@@ -274,7 +274,7 @@ def test_tokenized_rows_of_sft(
     trainer = SFTTrainer(
         copy.deepcopy(start), make_config("sft"), [row] * 4, processing_class=tokenizer
     )
-    made = trainer.train_dataset[0]
+    made = as_lists(trainer.train_dataset[0])
     assert made["prompt_ids"] == row["input_ids"][-6:][:prompt]
     assert (made["response_ids"], made["response_mask"]) == ([response], [mask])
 

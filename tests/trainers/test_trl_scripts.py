@@ -107,7 +107,7 @@ def test_a_formatting_function_and_a_model_by_name(run: Run) -> None:
     names = run("sft_formatting")
     trainer, tokenizer = names["trainer"], names["tokenizer"]
     row = trainer.train_dataset[0]
-    text = tokenizer.decode(row["prompt_ids"] + row["response_ids"][0])
+    text = tokenizer.decode([*row["prompt_ids"], *row["response_ids"][0]])
     # The end token that the function writes is the token, and is not added again.
     assert "### Question: 0 + 1?" in text and text.count(tokenizer.eos_token) == 1
     assert row["response_ids"][0][-1] == tokenizer.eos_token_id
@@ -121,7 +121,7 @@ def test_tokenized_rows_train_as_they_are(run: Run) -> None:
     trainer, rows = names["trainer"], names["rows"]
     assert len(trainer.train_dataset) == len(rows)
     for given, made in zip(rows, trainer.train_dataset, strict=True):
-        assert made["prompt_ids"] + made["response_ids"][0] == given["input_ids"]
+        assert [*made["prompt_ids"], *made["response_ids"][0]] == given["input_ids"]
         masked = given["labels"].count(-100)
         assert len(made["prompt_ids"]) == masked and set(made["response_mask"][0]) == {1}
 
