@@ -34,9 +34,9 @@ from torch import Tensor
 from rpo_trainer.losses import preference_loss
 from rpo_trainer.runtime.memory import peak_memory
 from rpo_trainer.step.batch import Layout
+from rpo_trainer.step.dealing import deal
 from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.logprobs import response_sums
-from rpo_trainer.step.order import deal
 from rpo_trainer.step.packing import forward_tokens, pack
 
 
@@ -135,7 +135,7 @@ class Step:
         order, size = list(range(len(self.examples))), self.args.micro
         if variant.balanced:
             costs = [forward_tokens(example, variant.layout) for example in self.examples]
-            return deal(order, costs, -(-len(order) // size))
+            return deal(order, costs, ranks=1, most=size)[0]
         return [order[start : start + size] for start in range(0, len(order), size)]
 
     def _micro(self, variant: Variant, micro: list[int]) -> None:

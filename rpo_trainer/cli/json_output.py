@@ -140,6 +140,8 @@ def plan_content(plan: Plan) -> dict[str, Any]:
                 "tokens": stage.tokens,
                 "upper_bound": stage.assumed,
                 "seconds": stage.seconds,
+                "micro_batch_tokens": stage.micro_batch_tokens,
+                "idle_share": stage.idle_share,
                 "peak_bytes": stage.memory.peak,
                 "memory_bytes": asdict(stage.memory),
                 "disk_bytes": stage.disk,

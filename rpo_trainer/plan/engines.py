@@ -25,6 +25,8 @@ from rpo_trainer.plan.memory import StepMemory
 
 Engine = Literal["single", "ddp", "fsdp2", "zero2", "zero3", "zero3_offload"]
 ENGINES: tuple[str, ...] = get_args(Engine)
+# Their ranks wait for each other in each micro-batch; those of the others once per step.
+IN_EACH_MICRO_BATCH = ("fsdp2", "zero2", "zero3", "zero3_offload")
 
 # DeepSpeed's stage3_max_live_parameters and reduce_bucket_size, by default.
 _LIVE, _BUCKET = 10**9, 5 * 10**8

@@ -17,7 +17,14 @@ from rpo_trainer.models.dtypes import dtype_name
 from rpo_trainer.models.loading import load_model
 from rpo_trainer.models.reward_model import as_reward_model
 from rpo_trainer.plan.disk import stage_disk, together, unread_model
-from rpo_trainer.plan.engines import DeviceMemory, Engine, check_devices, launch_line, per_device
+from rpo_trainer.plan.engines import (
+    IN_EACH_MICRO_BATCH,
+    DeviceMemory,
+    Engine,
+    check_devices,
+    launch_line,
+    per_device,
+)
 from rpo_trainer.plan.memory import step_memory
 from rpo_trainer.plan.nf4 import hold_in_nf4
 from rpo_trainer.recipe import (
@@ -32,13 +39,16 @@ from rpo_trainer.stages.output_dtype import exact_until
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.settings import arithmetic, frozen_dtype
 from rpo_trainer.step.batch import PackedBatch
+from rpo_trainer.step.dealing import idle_share
 from rpo_trainer.step.forward import install, token_logprobs
 from rpo_trainer.step.packing import forward_tokens, pack
 from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.config import PreferenceConfig
 from rpo_trainer.trainers.config_checks import accumulation_of
-from rpo_trainer.trainers.examples import Examples, PackingCollator
-from rpo_trainer.trainers.loaders import train_loader
+from rpo_trainer.trainers.examples import Examples
+from rpo_trainer.trainers.loaders import TrainSampler, train_sampler
+
+_SIMULATED_STEPS = 100  # for the idle share
 
 
 @dataclass
@@ -51,6 +61,9 @@ class StagePlan:
         assumed: responses are not sampled yet and were counted at their maximum length.
         memory: bytes on one device by part.
         disk: bytes by kind, and `saving`: temporary bytes while a checkpoint is saved.
+        micro_batch_tokens: budget of a micro-batch; None: micro-batches are formed by number of examples.
+        idle_share: fraction of the time in which devices wait for the slowest one, from the lengths of the
+            examples of the first 100 steps or fewer; None: one device.
         frozen: dtype that weights below an adapter are held in; None: all are trained.
         seconds: of the entire stage on one device of this machine; None: not measured.
     """
@@ -63,6 +76,8 @@ class StagePlan:
     assumed: bool
     memory: DeviceMemory
     disk: dict[str, int]
+    micro_batch_tokens: int | None = None
+    idle_share: float | None = None
     frozen: str | None = None
     seconds: float | None = None
 
@@ -143,16 +158,17 @@ class _Planner:
 
     def stage(self, stage: Stage) -> StagePlan:
         """Plan one stage."""
-        if stage.micro_batch_tokens is None:
+        if not stage.micro_batch_tokens:
             where = f"stages.{stage.name}.global_batch_size"
             accumulation_of(stage.global_batch_size, stage.micro_batch_size, self.devices, where)
         config = self.preparer.settings(stage, self.run_dir)
         examples, assumed = self._examples(stage)
         costs = examples.costs("shared").tolist()
-        batches = _micro_batches(examples, config)
+        sampler = self._sampler(examples, config)
+        steps_dealt = [sampler.deal(batch) for batch in sampler.global_batches()]
+        batches = [micro for dealt in steps_dealt for rank in dealt for micro in rank if micro]
         heaviest = max(batches, key=lambda batch: sum(costs[i] for i in batch))
         steps, tokens = _steps(stage, costs)
-        per_step = stage.micro_batch_size * self.devices
         memory = step_memory(
             lambda dtype: self._model(stage, dtype),
             [examples[i] for i in heaviest],
@@ -162,7 +178,7 @@ class _Planner:
             # Engines that shard the weights gather them in half precision.
             half_weights=self.half and self.engine not in ("single", "ddp", "zero2"),
             frozen=self._frozen_dtype(stage),
-            accumulation=-(-stage.global_batch_size // per_step),
+            accumulation=max(len(dealt[0]) for dealt in steps_dealt),
             checkpointing=stage.gradient_checkpointing,
             logits_chunk_bytes=config.logits_chunk_bytes,
         )
@@ -176,6 +192,8 @@ class _Planner:
             tokens=tokens,
             assumed=assumed,
             memory=per_device(memory, self.engine, self.devices, half=self.half),
+            micro_batch_tokens=getattr(sampler, "budget", None),
+            idle_share=self._idle_share(sampler),
             frozen=None if stage.peft is None else dtype_name(self._frozen_dtype(stage)),
             disk=stage_disk(
                 self.preparer,
@@ -185,6 +203,23 @@ class _Planner:
                 optimizer=memory.optimizer,
                 responses=int(examples.response_counts().sum()),
             ),
+        )
+
+    def _sampler(self, examples: Examples, config: BaseConfig) -> TrainSampler:
+        """Return the micro-batches of training on the planned devices."""
+        by_tokens = bool(config.micro_batch_tokens)
+        if config.micro_batch_tokens is None:
+            by_tokens = self.devices > 1 and self.engine in IN_EACH_MICRO_BATCH
+        return train_sampler(
+            examples, "shared", config, config.per_device_train_batch_size,
+            by_tokens=by_tokens, ranks=self.devices,
+        )  # fmt: skip
+
+    def _idle_share(self, sampler: TrainSampler) -> float | None:
+        if self.devices == 1:
+            return None
+        return idle_share(
+            sampler.loads(_SIMULATED_STEPS), each_micro_batch=self.engine in IN_EACH_MICRO_BATCH
         )
 
     def _frozen_dtype(self, stage: Stage) -> torch.dtype:
@@ -261,18 +296,6 @@ def _timed(model: Any, batch: PackedBatch, device: torch.device, dtype: Any) -> 
             torch.mps.synchronize()
         seconds.append(time.perf_counter() - began)
     return min(seconds[1:])
-
-
-def _micro_batches(examples: Examples, config: BaseConfig) -> list[list[int]]:
-    """Return the micro-batches of the first epoch."""
-    collate = PackingCollator("shared", 0, examples)
-    sampler: Any = train_loader(
-        examples, config, collate, config.per_device_train_batch_size
-    ).batch_sampler
-    batches = list(sampler)
-    if config.micro_batch_tokens is not None:  # complete steps
-        batches = [batch for step in batches for batch in step]
-    return [batch for batch in batches if batch]
 
 
 def _reference_batch(

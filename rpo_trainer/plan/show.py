@@ -81,8 +81,18 @@ def _lines(plan: Plan, run_dir: Path) -> Iterator[str]:
         yield f"frozen base weights: {dtype} ({names}){why}."
     if any(EXACT in stage.disk for stage in plan.stages):
         yield "exact: float32 weights that the next stage starts from; deleted after it."
+    if plan.devices > 1:
+        shares = ", ".join(
+            f"{stage.name} {'≥ ' * stage.assumed}{stage.idle_share:.1%}" for stage in plan.stages
+        )
+        yield f"idle: devices wait for the slowest one for a share of the time: {shares}."
+    budgets = [stage for stage in plan.stages if stage.micro_batch_tokens is not None]
+    if budgets:
+        tokens = ", ".join(f"{stage.name} {stage.micro_batch_tokens:,}" for stage in budgets)
+        yield f"micro_batch_tokens: {tokens}."
     if any(stage.assumed for stage in plan.stages):
-        yield "≤: responses are not sampled yet and count as max_new_tokens."
+        marks = "≤, ≥" if plan.devices > 1 else "≤"
+        yield f"{marks}: responses are not sampled yet and count as max_new_tokens."
     folder = run_dir.absolute()
     free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
     if plan.disk > free:

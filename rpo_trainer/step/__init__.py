@@ -1,6 +1,7 @@
 """The training step: from examples to log-probs.
 
     order            assigns examples to optimizer steps, ranks and micro-batches
+      dealing            deals the examples of a step by least load; idle share of the ranks
     packing          examples → one packed row per micro-batch: each prompt once, followed by its responses
     batch            types of a micro-batch: model inputs, index tensors, attention plan
     attention        attention function for packed rows, called by transformers

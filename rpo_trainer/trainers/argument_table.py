@@ -18,7 +18,8 @@ TRAINING: tuple[Setting, ...] = (
     read("output_dir", "checkpoints, and the reference cache of a preference trainer"),
     read(
         "per_device_train_batch_size",
-        "examples per forward and process; `micro_batch_tokens` replaces it",
+        "examples per forward and process; `micro_batch_tokens` replaces it, by default with FSDP, ZeRO-2 "
+        "and ZeRO-3",
     ),
     read(
         "gradient_accumulation_steps",

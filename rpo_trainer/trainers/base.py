@@ -257,7 +257,9 @@ class BaseTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("training requires a train_dataset")
         examples = self.train_dataset
-        return train_loader(examples, self.args, self._collator(examples), self._train_batch_size)
+        return train_loader(
+            examples, self.args, self._collator(examples), self._train_batch_size, log=self._proved
+        )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Return micro-batches of this rank, longest first."""
@@ -335,7 +337,7 @@ class BaseTrainer(Trainer):
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Return the number of examples of an optimizer step, over all ranks."""
-        if args.micro_batch_tokens is not None:
+        if args.by_tokens:
             return int(args.examples_per_step())
         return int(super().get_total_train_batch_size(args))
 

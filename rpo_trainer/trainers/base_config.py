@@ -24,7 +24,7 @@ from rpo_trainer.trainers.argument_checks import (
 )
 from rpo_trainer.trainers.argument_status import Problem
 from rpo_trainer.trainers.config_checks import accumulation_of, config_problems
-from rpo_trainer.trainers.engine import load_in_float32
+from rpo_trainer.trainers.engine import load_in_float32, waits_each_micro_batch
 from rpo_trainer.trainers.trl_arguments import TrlArguments
 from rpo_trainer.trainers.unknown_arguments import known_arguments
 
@@ -141,7 +141,9 @@ class BaseConfig(TrlArguments):
     )
     micro_batch_tokens: int | None = described(
         "Maximum number of tokens per training forward, instead of per_device_train_batch_size: each global "
-        "batch is split into as many forwards as needed. A longer example gets its own forward.",
+        "batch is split into as many forwards as needed. A longer example gets its own forward. 0: none. "
+        "None: with FSDP, ZeRO-2 and ZeRO-3 on several ranks, the tokens of the largest micro-batch of "
+        "per_device_train_batch_size examples; otherwise none.",
         None,
     )
     layout: str = described(
@@ -230,7 +232,7 @@ class BaseConfig(TrlArguments):
 
     def _set_batch(self, accumulation_steps: int) -> None:
         """Derive global batch size and accumulation steps from each other."""
-        if self.micro_batch_tokens is not None:
+        if self.micro_batch_tokens:
             if self.global_batch_size is None:
                 self.global_batch_size = self.examples_per_step()
             elif accumulation_steps != 1:
@@ -259,6 +261,9 @@ class BaseConfig(TrlArguments):
                     where=type(self).__name__,
                     fix="remove one of the two",
                 )
+        if self.by_tokens and not self.micro_batch_tokens:
+            self.global_batch_size = self.examples_per_step()
+            self.gradient_accumulation_steps = 1
 
     def check(self) -> None:
         """Raise RecipeError that lists all invalid values; trainers call it again for changed configs."""
@@ -326,9 +331,23 @@ class BaseConfig(TrlArguments):
         elif not self.shuffle and self.train_sampling_strategy == "random":
             self.train_sampling_strategy = "sequential"
 
+    @property
+    def by_tokens(self) -> bool:
+        """Whether micro-batches are formed by a budget of tokens: `micro_batch_tokens`, or the default."""
+        if self.micro_batch_tokens is None:
+            return self.world_size > 1 and waits_each_micro_batch(self)
+        return self.micro_batch_tokens > 0
+
+    @property
+    def accumulation_by_number(self) -> int:
+        """Forwards per rank and optimizer step if per_device_train_batch_size applies."""
+        if self.micro_batch_tokens or not self.by_tokens:
+            return int(self.gradient_accumulation_steps)
+        return int(self.examples_per_step() // (self.per_device_train_batch_size * self.world_size))
+
     def examples_per_step(self) -> int:
         """Return the number of examples per optimizer step, over all ranks."""
-        if self.micro_batch_tokens is not None and self.global_batch_size is not None:
+        if self.by_tokens and self.global_batch_size is not None:
             return self.global_batch_size
         micro = self.per_device_train_batch_size * self.world_size
         return int(micro * self.gradient_accumulation_steps)

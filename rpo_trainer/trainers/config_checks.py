@@ -55,14 +55,22 @@ def config_problems(args: Any) -> Iterator[Problem]:
             code="training.invalid-value",
             setting="max_length",
         )
-    if args.micro_batch_tokens is not None:
-        for name in ("micro_batch_tokens", "global_batch_size"):
-            if (value := getattr(args, name)) is not None and value < 1:
-                yield Problem(
-                    f"{name} must be positive, got {value}",
-                    code="training.invalid-value",
-                    setting=name,
-                )
+    if args.micro_batch_tokens is not None and args.micro_batch_tokens < 0:
+        yield Problem(
+            f"micro_batch_tokens must be 0 or more, got {args.micro_batch_tokens}",
+            code="training.invalid-value",
+            setting="micro_batch_tokens",
+        )
+    if (
+        args.micro_batch_tokens
+        and args.global_batch_size is not None
+        and args.global_batch_size < 1
+    ):
+        yield Problem(
+            f"global_batch_size must be positive, got {args.global_batch_size}",
+            code="training.invalid-value",
+            setting="global_batch_size",
+        )
     yield from _nonfinite_problems(args)
     if (coefficient := args.router_aux_loss_coef) is not None and not (
         math.isfinite(coefficient) and coefficient >= 0

@@ -178,10 +178,10 @@ def check_engine(args: Any, accelerator: Accelerator) -> None:
             "file",
         )
     launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if launched.isdigit() and int(launched) not in (1, args.gradient_accumulation_steps):
+    if launched.isdigit() and int(launched) not in (1, args.accumulation_by_number):
         raise RecipeError(
             f"the launcher sets {launched} gradient accumulation steps, the config "
-            f"{args.gradient_accumulation_steps}",
+            f"{args.accumulation_by_number}",
             code="training.launcher-conflict",
             where="gradient_accumulation_steps",
             why="the launcher's value would have no effect",
@@ -209,6 +209,19 @@ def requests_sharding(arguments: Mapping[str, Any]) -> bool:
 def requests_deepspeed(arguments: Mapping[str, Any]) -> bool:
     """Whether training arguments or the launcher turn on DeepSpeed."""
     return _set("ACCELERATE_USE_DEEPSPEED") or bool(arguments.get("deepspeed"))
+
+
+def waits_each_micro_batch(args: Any) -> bool:
+    """Whether ranks wait for each other in each micro-batch, to gather weights or to reduce gradients.
+
+    That is FSDP, ZeRO-2 and ZeRO-3; with other engines they wait once per optimizer step.
+    """
+    plugin = args.deepspeed_plugin
+    return (
+        bool(args.fsdp)
+        or _set("ACCELERATE_USE_FSDP")
+        or (plugin is not None and plugin.zero_stage > 1)
+    )
 
 
 def _set(name: str) -> bool:

@@ -48,6 +48,15 @@ def test_ours_alone(script: str, tmp_path: Path) -> None:
     assert line["ratios"] == {} and line["seconds"]["ours"] > 0 and 0 < line["utilization"] < 1
 
 
+def test_balance(tmp_path: Path) -> None:
+    options = ["--ranks", "4", "--micro", "1", "2", "--batch", "16", "--steps", "3"]
+    printed, line = run("balance.py", *options, folder=tmp_path)
+    assert "once per step" in printed and [one["micro"] for one in line["idle"]] == [1, 2]
+    for one in line["idle"]:
+        assert 0 <= one["bound"] <= one["once per step"] < 1
+        assert one["bound"] <= one["each micro-batch"] < 1
+
+
 @needs_trl
 @pytest.mark.parametrize(
     ("script", "peers"), [("step.py", {"trl"}), ("sft.py", {"trl-packed", "trl-padded"})]

@@ -40,6 +40,15 @@ OTHERS: dict[str, Case] = {
     "rpo long forwards": {
         "kind": "rpo", "accumulation": 4, "tied": True, "settings": {"micro_batch_tokens": 90},
     },
+    # FSDP, ZeRO-2 and ZeRO-3 have a token budget by default: see `test_the_default_budget`.
+    "rpo ×4 by number": {"kind": "rpo", "accumulation": 4, "settings": {"micro_batch_tokens": 0}},
+    "sft ×4 routers by number": {
+        "kind": "sft", "accumulation": 4, "settings": {"micro_batch_tokens": 0}, **ROUTERS,
+    },
+    "dpo ×4 given": {
+        "kind": "dpo", "accumulation": 4,
+        "settings": {"gradient_accumulation_steps": 4, "global_batch_size": None},
+    },
     "rpo other reference": {"kind": "rpo", "other_reference": True},
     "reward": {"kind": "reward", "accumulation": 4},
     "sft LoRA": {"kind": "sft", "accumulation": 4, "lora": ATTENTION},
@@ -104,8 +113,9 @@ WORSE: Case = {
         "greater_is_better": False,
     },
 }  # fmt: skip
-# Metrics of log-prob magnitude, tens of nats, are compared relative to it.
-NOISY = ("accuracies", "falling", "runtime", "second")
+# Metrics of log-prob magnitude, tens of nats, are compared relative to it. The logged epoch counts forwards,
+# or with a token budget steps, which differ in an incomplete last step.
+NOISY = ("accuracies", "falling", "runtime", "second", "epoch")
 
 
 def cases_of(engine: str) -> dict[str, Case]:
@@ -237,6 +247,20 @@ def test_the_ranks_see_different_rows_and_all_of_them(engine: str, results: Any)
             first, second = (sorted(mine["seen"].get((rank, step), [])) for rank in (0, 1))
             assert not set(first) & set(second), name
             assert sorted(first + second) == sorted(one["seen"][0, step]), name
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_default_budget(engine: str, results: Any) -> None:
+    """For ranks that wait for each other in each micro-batch; never more forwards, and 0 turns it off."""
+    found = results(engine)
+    for name, wanted in (
+        ("rpo ×4", engine != "ddp"), ("dpo ×4 given", engine != "ddp"), ("rpo ×4 by number", False),
+    ):  # fmt: skip
+        assert found[name]["by_tokens"] == wanted, name
+        assert all(n <= most for n, most in zip(found[name]["forwards"], (4, 4, 1), strict=True)), (
+            name
+        )
+    assert found["rpo ×4 by number"]["forwards"] == [4, 4, 1]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

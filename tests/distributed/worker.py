@@ -141,12 +141,15 @@ def train(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
 
     trainer = trainer_of(engine, case, out)
     seen: dict[tuple[int, int], list[str]] = {}
+    forwards = [0] * STEPS
     own = trainer.compute_loss
 
     def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("num_items_in_batch") is not None and inputs.weights.any():
-            rows = seen.setdefault((rank(), trainer.state.global_step), [])
-            rows += inputs.ids
+        if kwargs.get("num_items_in_batch") is not None:
+            forwards[trainer.state.global_step] += 1
+            if inputs.weights.any():
+                rows = seen.setdefault((rank(), trainer.state.global_step), [])
+                rows += inputs.ids
         return own(model, inputs, *args, **kwargs)
 
     trainer.compute_loss = compute_loss
@@ -160,6 +163,8 @@ def train(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
         "losses": [line for line in history if "loss" in line],
         "evaluations": [line for line in history if "eval_loss" in line],
         "seen": all_gather_dict(seen),
+        "forwards": forwards,
+        "by_tokens": trainer.args.by_tokens,
         "weights": full_state_dict(trainer.model, keep=rank() == 0, trained_only="lora" in case),
         "start": start,
         "offloads": len(offloads),

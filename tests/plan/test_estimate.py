@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,12 @@ from click.testing import CliRunner
 
 from rpo_trainer.cli import commands as cli
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.plan import Plan, plan_recipe
+from rpo_trainer.plan import Plan, StagePlan, plan_recipe
 from rpo_trainer.recipe import load_recipe
+from rpo_trainer.stages.prepare import StagePreparer
+from rpo_trainer.step.order import TokenBudgetSampler
+from rpo_trainer.trainers.examples import Examples
+from rpo_trainer.trainers.loaders import train_sampler
 from tests.chain import tiny
 from tests.raising import raises
 
@@ -93,3 +98,50 @@ def test_a_batch_that_the_devices_cannot_share_is_found(recipe: Path) -> None:
     with raises("training.indivisible-batch", RecipeError) as error:
         plan_recipe(load_recipe(recipe), recipe.parent / "run", engine="ddp", devices=3)
     assert error.value.where is not None and "defaults.global_batch_size" in error.value.where
+
+
+def sft_stages(planned: Plan) -> list[StagePlan]:
+    return [stage for stage in planned.stages if not stage.assumed]
+
+
+def test_the_idle_share_is_that_of_the_engine(recipe: Path, plan: Plan) -> None:
+    """ZeRO-3 has a budget by default: the longest example, if micro-batches have one."""
+    assert all(stage.idle_share is None for stage in plan.stages)
+    found = {}
+    for engine, tokens in (("ddp", ""), ("zero3", ""), ("zero3", "=0"), ("ddp", "=40")):
+        overrides = ["defaults.micro_batch_size=1"]
+        overrides += [f"defaults.micro_batch_tokens{tokens}"] * bool(tokens)
+        loaded = load_recipe(recipe, overrides)
+        (stage, *_) = plan_recipe(loaded, recipe.parent / "run", engine=engine, devices=4).stages
+        found[engine, tokens] = stage
+        assert stage.idle_share is not None and 0 < stage.idle_share < 0.5
+    longest = found["zero3", ""].micro_batch_tokens
+    assert longest is not None and found["ddp", "=40"].micro_batch_tokens == 40
+    assert found["ddp", ""].micro_batch_tokens is found["zero3", "=0"].micro_batch_tokens is None
+    # The same micro-batches; one waits in each of them, the other once per step.
+    assert found["ddp", ""].idle_share < found["zero3", "=0"].idle_share
+    # The memory of a micro-batch is that of the longest example in both.
+    fixed, budget = (found["zero3", key].memory.activations for key in ("=0", ""))
+    assert budget == pytest.approx(fixed, rel=0.01)
+
+
+def test_the_budget_of_the_plan_is_that_of_training(recipe: Path) -> None:
+    loaded = load_recipe(recipe, ["defaults.micro_batch_size=2"])
+    planned = plan_recipe(loaded, recipe.parent / "run", engine="fsdp2", devices=4)
+    preparer = StagePreparer(loaded)
+    for stage, spec in zip(sft_stages(planned), preparer.stages, strict=False):
+        config = preparer.settings(spec, recipe.parent / "run")
+        examples = Examples(preparer.prepare(spec).train)
+        sampler = train_sampler(examples, "shared", config, 2, by_tokens=True, ranks=4, rank=3)
+        assert isinstance(sampler, TokenBudgetSampler)
+        assert stage.micro_batch_tokens == sampler.budget
+
+
+def test_the_idle_share_is_shown(recipe: Path) -> None:
+    words = ["plan", str(recipe), "defaults.micro_batch_size=1", "--engine", "zero3"]
+    words += ["--devices", "4"]
+    shown = CliRunner().invoke(cli.cli, words)
+    assert "idle:" in shown.output and "micro_batch_tokens:" in shown.output
+    made = CliRunner().invoke(cli.cli, [*words, "--json"])
+    for stage in json.loads(made.stdout)["stages"]:
+        assert 0 <= stage["idle_share"] < 1 and stage["micro_batch_tokens"] > 0

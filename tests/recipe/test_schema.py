@@ -89,7 +89,7 @@ def test_specs_can_be_made_in_python() -> None:
     [
         ("global_batch_size", 0),
         ("micro_batch_size", 0),
-        ("micro_batch_tokens", 0),
+        ("micro_batch_tokens", -1),
         ("max_length", 1),
         ("num_train_epochs", 0),
         ("max_steps", 0),

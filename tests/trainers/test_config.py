@@ -9,6 +9,7 @@ import pickle
 import pydoc
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ import torch
 from transformers import TrainingArguments
 
 from rpo_trainer.errors import RecipeError
-from rpo_trainer.trainers import DPOConfig, RewardConfig, RPOConfig, SFTConfig
+from rpo_trainer.trainers import DPOConfig, RewardConfig, RPOConfig, SFTConfig, base_config
+from rpo_trainer.trainers.engine import waits_each_micro_batch
 from rpo_trainer.trainers.unknown_arguments import ELSEWHERE
 from tests.raising import raises
 
@@ -27,7 +29,7 @@ REFUSED: list[tuple[type, dict[str, Any], str, str, str]] = [
     (SFTConfig, {"layout": "dense"}, INVALID, "layout", "shared, packed, padded, single"),
     (SFTConfig, {"max_length": 1}, INVALID, "max_length", "1"),
     (SFTConfig, {"logits_chunk_bytes": 0}, INVALID, "logits_chunk_bytes", "0"),
-    (SFTConfig, {"micro_batch_tokens": 0}, INVALID, "micro_batch_tokens", "0"),
+    (SFTConfig, {"micro_batch_tokens": -1}, INVALID, "micro_batch_tokens", "-1"),
     (SFTConfig, {"micro_batch_tokens": 9, "global_batch_size": 0}, INVALID, "global_batch_size", "0"),
     (SFTConfig, {"remove_unused_columns": True}, UNSUPPORTED, "remove_unused_columns", "True"),
     (SFTConfig, {"auto_find_batch_size": True}, UNSUPPORTED, "auto_find_batch_size", "micro_batch_tokens"),
@@ -117,6 +119,65 @@ def test_with_a_token_budget_any_number_of_examples_is_one_batch_to_the_loop(tmp
         global_batch_size=args.global_batch_size,
     )  # fmt: skip
     assert again.examples_per_step() == 12  # unchanged if created again from its own fields
+
+
+@pytest.fixture
+def sharded(monkeypatch):
+    """Two ranks of an engine whose ranks wait for each other in each micro-batch."""
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    monkeypatch.setattr(base_config, "waits_each_micro_batch", lambda args: True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "examples", "by_number"),
+    [
+        ({}, 8, 1),
+        ({"gradient_accumulation_steps": 3}, 24, 3),
+        ({"global_batch_size": 16}, 16, 2),
+        ({"global_batch_size": 16, "gradient_accumulation_steps": 2}, 16, 2),
+    ],
+)
+def test_a_budget_by_default_keeps_the_global_batch(
+    settings, examples, by_number, sharded, tmp_path
+):
+    args = make(SFTConfig, tmp_path, per_device_train_batch_size=4, **settings)
+    for config in (args, dataclasses.replace(args)):
+        assert config.by_tokens and config.micro_batch_tokens is None
+        assert (config.gradient_accumulation_steps, config.examples_per_step()) == (1, examples)
+        assert config.accumulation_by_number == by_number  # of the launcher, too
+    fixed = make(
+        SFTConfig, tmp_path, per_device_train_batch_size=4, micro_batch_tokens=0, **settings
+    )
+    assert not fixed.by_tokens
+    assert (fixed.gradient_accumulation_steps, fixed.examples_per_step()) == (by_number, examples)
+
+
+def test_a_budget_by_default_is_refused_what_the_number_is_refused(sharded, tmp_path):
+    with raises("training.indivisible-batch", RecipeError):
+        make(SFTConfig, tmp_path, per_device_train_batch_size=4, global_batch_size=12)
+    with raises("training.conflicting-settings", RecipeError):
+        make(SFTConfig, tmp_path, global_batch_size=32, gradient_accumulation_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "stage", "launched", "waits"),
+    [
+        (None, None, None, False), (True, None, None, True),
+        (None, None, "ACCELERATE_USE_FSDP", True),
+        (None, 1, None, False), (None, 2, None, True), (None, 3, None, True),
+    ],
+)  # fmt: skip
+def test_engines_whose_ranks_wait_in_each_micro_batch(fsdp, stage, launched, waits, monkeypatch):
+    if launched:
+        monkeypatch.setenv(launched, "true")
+    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+    args = SimpleNamespace(fsdp=fsdp, deepspeed_plugin=plugin)
+    assert waits_each_micro_batch(args) == waits
+
+
+def test_one_rank_has_no_budget_by_default(monkeypatch, tmp_path):
+    monkeypatch.setattr(base_config, "waits_each_micro_batch", lambda args: True)
+    assert not make(SFTConfig, tmp_path).by_tokens
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.examples import Examples
 from tests.small_models import make_model
 from tests.trainers.plain import assert_bitwise_equal, assert_same_update, make_rows
@@ -100,6 +101,29 @@ def test_the_accounts_are_those_of_the_global_batch(trainer_of):
     assert trainer.args.examples_per_step() == 6  # 2 per device × 3
     assert trainer.get_total_train_batch_size(trainer.args) == 6
     assert len(trainer.get_train_dataloader()) == 2
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_the_default_budget_is_the_largest_micro_batch_by_number(
+    layout, trainer_of, models, monkeypatch, caplog
+):
+    """The same update with no more forwards and tokens in one of them, and one line about it."""
+    settings: dict[str, Any] = {"layout": layout, "per_device_train_batch_size": 1}
+    expected = trainer_of("rpo", None, **settings)
+    by_number = [batch.num_tokens(padding=True) for batch in expected.get_train_dataloader()]
+    expected.train()
+    monkeypatch.setattr(BaseConfig, "by_tokens", property(lambda self: True))
+    trainer = trainer_of("rpo", None, **settings)
+    with caplog.at_level(logging.INFO, "rpo_trainer.trainers.loaders"):
+        steps = list(trainer.get_train_dataloader())
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert str(max(by_number)) in caplog.text  # a single example: the longest
+    forwards = [b.num_tokens(padding=True) for step in steps for b in step.micro_batches]
+    assert len(steps) == 3 and len(forwards) < len(by_number) == 10
+    assert max(forwards) == max(by_number)
+    trainer.train()
+    assert trainer.state.global_step == STEPS
+    assert_same_update(models["plain"], trainer.model, expected.model, 2e-3)
 
 
 @pytest.mark.parametrize(("kind", "model", "step"), [("sft", "noisy", 2), ("rpo", "plain", 4)])

@@ -162,7 +162,7 @@ def warmup_fits(raw: Raw) -> Errors:
 def batches_divide(raw: Raw) -> Errors:
     """The global batch is a multiple of the micro-batch, unless `micro_batch_tokens` is set."""
     total, micro = raw.get("global_batch_size"), raw.get("micro_batch_size", 1)
-    if raw.get("micro_batch_tokens") is not None:
+    if raw.get("micro_batch_tokens"):
         return
     if not (isinstance(total, int) and isinstance(micro, int)) or total < 1 or micro < 1:
         return

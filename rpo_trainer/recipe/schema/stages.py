@@ -97,9 +97,11 @@ class StageBase(Spec):
     )
     micro_batch_tokens: int | None = Field(
         None,
-        ge=1,
+        ge=0,
         description="tokens per forward pass of a process in training, in place of `micro_batch_size` "
-        "(then for evaluation only); each global batch is split into as many forward passes as needed",
+        "(then for evaluation only); each global batch is split into as many forward passes as needed. "
+        "0: none. Default: with FSDP, ZeRO-2 and ZeRO-3 on several processes, the tokens of the largest "
+        "micro-batch of `micro_batch_size` examples; otherwise none",
     )
     num_train_epochs: float | None = Field(
         None,
