@@ -5,7 +5,6 @@ A trainer has one `Checkpoints`, which stages checkpoints and finds the one to r
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -20,13 +19,13 @@ from transformers import TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from rpo_trainer.errors import RunError
-from rpo_trainer.runtime.distributed import on_main
-from rpo_trainer.runtime.files import atomic_write, file_digest
+from rpo_trainer.runtime.distributed import ALL_RANKS, on_main
+from rpo_trainer.runtime.ranks import ALONE, Ranks
 from rpo_trainer.trainers.engine import check_same_engine
+from rpo_trainer.trainers.manifest import MANIFEST, verify_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 STAGING = ".staging"
 # Of a single process or DDP, of FSDP2, of DeepSpeed
 _OPTIMIZER = re.compile(r"^(optimizer\.pt|optimizer\.bin|optimizer_\d+|global_step\d+)$")
@@ -66,10 +65,13 @@ class Checkpoints:
         is_best = state.best_global_step == state.global_step
         if is_best:
             state.best_model_checkpoint = str(output / name)
+        if self.args.should_save and is_best:
+            state.save_to_json(str(staging / name / "trainer_state.json"))
+        # With save_on_each_node, a rank of each host writes a checkpoint of its own.
+        alone = self.args.save_on_each_node
+        if self.args.should_save or not alone:
+            commit(staging / name, output / name, ALONE if alone else ALL_RANKS)
         if self.args.should_save:
-            if is_best:
-                state.save_to_json(str(staging / name / "trainer_state.json"))
-            commit(staging / name, output / name)
             shutil.rmtree(staging, ignore_errors=True)
             rotate(output, self.args.save_total_limit, state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
@@ -155,49 +157,20 @@ def load_into_wrapped(trainer: Any, folder: str) -> None:
         trainer._load_scaler(folder)
 
 
-def write_manifest(folder: Path) -> None:
-    """Write sizes and hashes of all files of the directory to its `manifest.json`, synced to disk."""
-    files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "xxh3_128": file_digest(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    atomic_write(folder / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1))
+def commit(staged: Path, final: Path, ranks: Ranks = ALONE) -> None:
+    """Turn a staged directory into a complete checkpoint at `final`.
 
+    Args:
+        ranks: the processes that hash its files; all of them call this.
+    """
+    write_manifest(staged, ranks)
 
-def verify_manifest(folder: Path) -> str | None:
-    """Return the difference between a directory and its manifest, or None if there is none."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return f"no {MANIFEST}: it was not written completely"
-    try:
-        files = [
-            (str(name), int(entry["size"]), str(entry["xxh3_128"]))
-            for name, entry in json.loads(manifest.read_text())["files"].items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, expected_size, expected_digest in files:
-        path = folder / name
-        try:
-            if not path.is_file():
-                return f"{name} is missing"
-            size = path.stat().st_size
-            if size != expected_size:
-                return f"{name} has {size} bytes, {expected_size} were written"
-            if file_digest(path) != expected_digest:
-                return f"the content of {name} has changed"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror or error})"
-    return None
+    def move() -> None:
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(staged, final)
 
-
-def commit(staged: Path, final: Path) -> None:
-    """Turn a staged directory into a complete checkpoint at `final`."""
-    write_manifest(staged)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(staged, final)
+    ranks.on_main(move)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -208,10 +181,14 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
-def last_complete(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint that matches its manifest; damaged ones are skipped with a WARNING."""
+def last_complete(output_dir: Path, *, content: bool = False) -> Path | None:
+    """Return the newest checkpoint that matches its manifest; damaged ones are skipped with a WARNING.
+
+    Args:
+        content: see `verify_manifest`.
+    """
     for path in checkpoints(output_dir):
-        fault = verify_manifest(path)
+        fault = verify_manifest(path, content=content)
         if fault is None:
             return path
         logger.warning("checkpoint %s is damaged (%s): using the previous one", path, fault)
