@@ -81,6 +81,8 @@ def _lines(plan: Plan, run_dir: Path) -> Iterator[str]:
         yield f"frozen base weights: {dtype} ({names}){why}."
     if any(EXACT in stage.disk for stage in plan.stages):
         yield "exact: float32 weights that the next stage starts from; deleted after it."
+    if copied := max(stage.copied for stage in plan.stages):
+        yield f"async_save: a copy of each checkpoint in CPU memory, up to {size(copied)}."
     if any(stage.assumed for stage in plan.stages):
         yield "≤: responses are not sampled yet and count as max_new_tokens."
     folder = run_dir.absolute()

@@ -39,6 +39,7 @@ Parts of a trainer:
   step_zero         check of the loss before the first update against its closed form
   early_warnings    warnings of common problems of preference training
   checkpoint        atomic checkpoints
+  background_save   checkpoints that are written while training continues
   manifest          sizes, times and hashes of their files, and of outputs
   outputs           files besides the weights
   trackers          fault-tolerant trackers

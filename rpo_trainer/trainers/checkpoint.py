@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from accelerate import Accelerator
 from transformers import TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from rpo_trainer.errors import RunError
-from rpo_trainer.runtime.distributed import ALL_RANKS, on_main
+from rpo_trainer.errors import RunError, StoppedBySignal
+from rpo_trainer.runtime.distributed import ALL_RANKS, on_main, raise_on_all_ranks
 from rpo_trainer.runtime.ranks import ALONE, Ranks
+from rpo_trainer.trainers.background_save import BackgroundSave
 from rpo_trainer.trainers.engine import check_same_engine
 from rpo_trainer.trainers.manifest import MANIFEST, verify_manifest, write_manifest
 
@@ -44,10 +45,15 @@ class Checkpoints:
         self.args = args
         self.accelerator = accelerator
         self.staging: Path | None = None
+        self.background = BackgroundSave() if getattr(args, "async_save", False) else None
 
     @contextmanager
     def staged(self, output: Path, state: TrainerState) -> Iterator[None]:
-        """Write a checkpoint to `staging` inside this context, and move it to `output` when complete."""
+        """Write a checkpoint to `staging` inside this context, and move it to `output` when complete.
+
+        With `async_save`, its large files are written after the context, while training continues.
+        """
+        self.finish()
         name = f"checkpoint-{state.global_step}"
         staging = output / STAGING
         if self.args.should_save:
@@ -56,7 +62,8 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         self.staging = staging
         try:
-            yield
+            with nullcontext() if self.background is None else self.background.deferred():
+                yield
         finally:
             self.staging = None
         self.accelerator.wait_for_everyone()
@@ -67,14 +74,50 @@ class Checkpoints:
             state.best_model_checkpoint = str(output / name)
         if self.args.should_save and is_best:
             state.save_to_json(str(staging / name / "trainer_state.json"))
+        best = state.best_model_checkpoint
+        if self.background is not None:
+            if self.args.should_save:
+                self.background.start(
+                    output / name,
+                    lambda: self._complete(staging / name, output / name, best, ALONE),
+                )
+            return
         # With save_on_each_node, a rank of each host writes a checkpoint of its own.
         alone = self.args.save_on_each_node
         if self.args.should_save or not alone:
-            commit(staging / name, output / name, ALONE if alone else ALL_RANKS)
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-            rotate(output, self.args.save_total_limit, state.best_model_checkpoint)
+            self._complete(staging / name, output / name, best, ALONE if alone else ALL_RANKS)
         self.accelerator.wait_for_everyone()
+
+    def _complete(self, staged: Path, final: Path, best: str | None, ranks: Ranks) -> None:
+        """Commit a checkpoint, and remove old ones; `ranks` hash its files."""
+        commit(staged, final, ranks)
+        if self.args.should_save:
+            shutil.rmtree(staged.parent, ignore_errors=True)
+            rotate(final.parent, self.args.save_total_limit, best)
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is written while training continues; called on all ranks.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self.background is not None:
+            with raise_on_all_ranks():
+                self.background.finish()
+
+    @contextmanager
+    def kept_on_errors(self) -> Iterator[None]:
+        """If an error ends training inside this context, complete the checkpoint that is being written.
+
+        It is abandoned if the process is to stop immediately.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.background is not None:
+                at_once = isinstance(error, StoppedBySignal) or not isinstance(error, Exception)
+                self.background.stop(abandon=at_once)
+            raise
 
     def to_resume(self, wanted: str | bool | None) -> str | None:
         """Return the checkpoint for `train(resume_from_checkpoint=wanted)`; None to start from scratch.
