@@ -319,6 +319,8 @@ USES = [
         exists("transformers.TrainingArguments._VALID_DICT_FIELDS", list)),
     Use(_TRAINER, "_determine_best_metric", "trainers/reward.py",
         overridden("_determine_best_metric", lambda result: isinstance(result, bool))),
+    Use(_TRAINER, "_finalize_training", "trainers/base.py",
+        overridden("_finalize_training", lambda result: result.global_step == 2)),
     Use(_TRAINER, "_get_grad_norm", "trainers/base.py", overridden("_get_grad_norm", a_scalar)),
     Use(_TRAINER, "_get_output_dir", "trainers/base.py",
         overridden("_get_output_dir", lambda result: result == worked().args.output_dir)),
@@ -367,7 +369,8 @@ USES = [
     Use("torch.distributed.distributed_c10d", "_world", "runtime/distributed.py", process_groups),
     Use("torch.optim.lr_scheduler.LambdaLR", "_last_lr", "trainers/checkpoint.py", learning_rates),
     Use("torch.utils", "_python_dispatch", "plan/memory.py", dispatch_mode),
-    Use("torch.utils", "_pytree", "models/dtypes.py plan/memory.py step/attention_reach.py", tree),
+    Use("torch.utils", "_pytree", "models/dtypes.py plan/memory.py step/attention_reach.py "
+        "trainers/background_save.py", tree),
     Use("torch.utils", "_triton", "step/attention_flex.py step/logprobs.py",
         has_triton),
     Use("datasets.Dataset", "_data_files", "data/sources.py", data_files),

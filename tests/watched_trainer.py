@@ -46,6 +46,7 @@ class Watched(Trainer):
 
 OVERRIDDEN = {
     "_determine_best_metric": ("metrics", "trial"),
+    "_finalize_training": ("trial", "num_train_samples", "start_time"),
     "_get_grad_norm": ("model", "grad_norm"),
     "_get_output_dir": ("trial",),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),

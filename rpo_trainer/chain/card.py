@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from rpo_trainer.recipe.template_kwargs import kwargs_key
 from rpo_trainer.recipe.yaml_document import dump
 from rpo_trainer.report.formatting import short
 from rpo_trainer.report.scores import Figure, read_agreement, read_scores
-from rpo_trainer.runtime.files import atomic_write, file_digest
+from rpo_trainer.runtime.files import atomic_write
 from rpo_trainer.stages.record import EvaluationRecord, StageRecord
-from rpo_trainer.trainers.checkpoint import MANIFEST
+from rpo_trainer.trainers.manifest import add_to_manifest
 
 CARD = "README.md"
 _KINDS = {
@@ -54,11 +53,7 @@ def write_card(
     path = final / CARD
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         atomic_write(path, text)
-    manifest = json.loads((final / MANIFEST).read_text())
-    entry = {"size": path.stat().st_size, "xxh3_128": file_digest(path)}
-    if manifest["files"].get(CARD) != entry:
-        manifest["files"][CARD] = entry
-        atomic_write(final / MANIFEST, json.dumps(manifest, indent=1))
+    add_to_manifest(final, CARD)
 
 
 def card(

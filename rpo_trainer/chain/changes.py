@@ -38,7 +38,7 @@ _FIXED_FIELDS = frozenset({"kind", "peft", "optim"})
 # Training arguments that affect logging, storage and loading, not what is computed.
 SAFE_ARGUMENTS = frozenset(
     {
-        "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory",
+        "async_save", "dataloader_num_workers", "dataloader_persistent_workers", "dataloader_pin_memory",
         "dataloader_prefetch_factor", "ddp_timeout", "disable_tqdm", "hub_always_push",
         "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",
         "include_num_input_tokens_seen", "log_level", "log_level_replica", "log_on_each_node",

@@ -15,38 +15,53 @@ from rpo_trainer.stages.inputs import evaluation_of, sources_of_rows
 from rpo_trainer.stages.output_dtype import EXACT, exact_is_needed
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.record import StageRecord
-from rpo_trainer.trainers.checkpoint import verify_manifest
+from rpo_trainer.trainers.manifest import verify_manifest
 
 
 def check_finished(
-    preparer: StagePreparer, state: ChainState, inputs: InputFiles, *, run_dir: Path
+    preparer: StagePreparer,
+    state: ChainState,
+    inputs: InputFiles,
+    *,
+    run_dir: Path,
+    verify: bool = False,
 ) -> None:
     """Raise RunError if an output, or an input of a stage that has begun, has changed.
 
     Allowed changes of inputs (`ChainState.adopt`) are recorded.
+
+    Args:
+        verify: read the content of all files; False: of those whose size or times have changed.
     """
     stages = preparer.stages
-    check_input_files(stages, state, inputs, run_dir)
+    check_input_files(stages, state, inputs, run_dir, verify=verify)
     done = {record.name for record in state.stages if record.state == "done"}
     for stage in stages:
         record = state.stage(stage.name)
         if record is not None and record.state == "done":
             exact = record.output is not None and record.output.exact is not None
             needed = exact and exact_is_needed(preparer, stage.name, done)
-            _check_output(run_dir / stage.name / "final", stage.name, record, exact=needed)
+            final = run_dir / stage.name / "final"
+            _check_output(final, stage.name, record, exact=needed, verify=verify)
 
 
-def _check_output(final: Path, name: str, record: StageRecord, *, exact: bool) -> None:
+def _check_output(
+    final: Path, name: str, record: StageRecord, *, exact: bool, verify: bool
+) -> None:
     base, kept_exact = final.with_name("base"), final.with_name(EXACT)
-    fault = verify_manifest(final)
-    if fault is None and base.is_dir() and (fault := verify_manifest(base)) is not None:
+    fault = verify_manifest(final, content=verify)
+    if (
+        fault is None
+        and base.is_dir()
+        and (fault := verify_manifest(base, content=verify)) is not None
+    ):
         fault = f"base: {fault}"
     recorded = record.output.fingerprint if record.output is not None else None
     if fault is None and output_fingerprint(final) != recorded:
         fault = "the weights are not those that the stage wrote"
     seed = record.output.exact if record.output is not None and exact else None
     if fault is None and seed is not None:
-        if (fault := verify_manifest(kept_exact)) is not None:
+        if (fault := verify_manifest(kept_exact, content=verify)) is not None:
             fault = f"{EXACT}: {fault}"
         elif output_fingerprint(kept_exact) != seed:
             fault = f"{EXACT}: the weights are not those that the stage wrote"

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,12 @@ from rpo_trainer.recipe import (
     is_local,
     resolve_path,
 )
-from rpo_trainer.runtime.files import known_digest
+from rpo_trainer.runtime.files import in_threads, known_digest
 from rpo_trainer.stages.hub import RepoKind, hub_commit
 from rpo_trainer.stages.inputs import evaluation_of
 from rpo_trainer.stages.record import FileRecord, InputRecord, Reach
 from rpo_trainer.stages.settings import named_files
-from rpo_trainer.trainers.checkpoint import MANIFEST
+from rpo_trainer.trainers.manifest import MANIFEST
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json")
 _OF_MODELS = (".json", ".jinja", ".model", ".tiktoken", ".py", *_WEIGHTS)
@@ -43,7 +42,6 @@ _TEXTS = ("merges.txt", "vocab.txt")
 _NOT_READ = (MANIFEST, "trainer_state.json", "all_results.json", "train_results.json")
 _TEMPLATES = "additional_chat_templates"
 _SHOWN = 6
-_READERS = 4
 
 
 @dataclass(frozen=True)
@@ -216,8 +214,7 @@ class Digests:
         assert path is not None  # not on the hub
         try:
             names = sorted(_files(path, one.reach))
-            with ThreadPoolExecutor(_READERS) as readers:
-                files = list(readers.map(lambda name: self._file(one, path, name), names))
+            files = in_threads(lambda name: self._file(one, path, name), names)
         except OSError as error:
             raise RunError(
                 f"an input cannot be read: {error.strerror or error}",
@@ -267,11 +264,19 @@ def _is_weights(name: str) -> bool:
 
 
 def check_input_files(
-    stages: Sequence[Stage], state: ChainState, inputs: InputFiles, run_dir: Path
+    stages: Sequence[Stage],
+    state: ChainState,
+    inputs: InputFiles,
+    run_dir: Path,
+    *,
+    verify: bool = False,
 ) -> None:
     """Compare the inputs of the stages that have begun with their recorded digests.
 
     Allowed changes are recorded in the history of the run.
+
+    Args:
+        verify: read all files; False: those that have been modified.
 
     Raises:
         RunError: an input has changed that may not change.
@@ -281,7 +286,8 @@ def check_input_files(
         for stage in stages
         if (record := state.stage(stage.name)) is not None and record.state != "pending"
     ]
-    digests = Digests(entry for _, record in started for entry in record.inputs or ())
+    known = (entry for _, record in started for entry in record.inputs or ())
+    digests = Digests(() if verify else known)
     refused: dict[str, dict[str, None]] = {}  # changed files by key
     allowed: dict[tuple[str, str], tuple[Any, Any]] = {}
     for stage, record in started:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,9 @@ from rpo_trainer.stages.output_dtype import (
 from rpo_trainer.stages.scored_rows import source_key
 from rpo_trainer.stages.settings import arithmetic, frozen_dtype, lora_config
 from rpo_trainer.trainers.base import BaseTrainer
-from rpo_trainer.trainers.checkpoint import verify_manifest, write_manifest
+from rpo_trainer.trainers.checkpoint import commit
 from rpo_trainer.trainers.engine import requests_deepspeed
+from rpo_trainer.trainers.manifest import verify_manifest
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
@@ -79,10 +81,15 @@ class _Adapter:
 
 
 class Models:
-    """Loads and writes the models of a chain."""
+    """Loads and writes the models of a chain.
 
-    def __init__(self, preparer: StagePreparer, run_dir: Path) -> None:
+    Args:
+        verify: read the content of models that the run has written (`verify_manifest`).
+    """
+
+    def __init__(self, preparer: StagePreparer, run_dir: Path, *, verify: bool = False) -> None:
         self.preparer = preparer
+        self.verify = verify
         self.recipe = preparer.recipe
         self.run_dir = run_dir
         self.stages = {stage.name: stage for stage in preparer.stages}
@@ -159,7 +166,9 @@ class Models:
         if not self._writes_base(stage):
             return self._fresh(stage, self._frozen_dtype(stage))
         own = self.run_dir / stage.name / _BASE
-        distributed.on_main(lambda: self._write_base(stage, own))
+        staged = own.with_name(f".{own.name}")
+        if distributed.on_main(lambda: self._write_base(stage, own, staged)):
+            commit(staged, own, distributed.ALL_RANKS)
         base = self._load(own, self._frozen_dtype(stage))
         return adapters.load_adapter(base, own / _START, trainable=True)
 
@@ -320,11 +329,14 @@ class Models:
             folder = path if path.is_dir() else local_folder(place)
             warn_of_rounding(folder, dtype, stage.name, held_in_float32=self.one_dtype)
 
-    def _write_base(self, stage: Stage, own: Path) -> None:
-        """Write `base`, the base model of a new adapter, with the initial adapter in `start`; atomic."""
-        if verify_manifest(own) is None:
-            return
-        staged = own.with_name(f".{own.name}")
+    def _write_base(self, stage: Stage, own: Path, staged: Path) -> bool:
+        """Write `base`, the base model of a new adapter, to `staged`, with the initial adapter in `start`.
+
+        Returns:
+            Whether it was written; False: there is a complete one at `own`.
+        """
+        if verify_manifest(own, content=self.verify) is None:
+            return False
         shutil.rmtree(staged, ignore_errors=True)
         with loading_unsharded():
             model = self._fresh(stage, torch.float32)
@@ -336,9 +348,7 @@ class Models:
         set_ends(plain)
         plain.save_pretrained(staged)
         write_auto_class_files(plain, staged)
-        write_manifest(staged)
-        shutil.rmtree(own, ignore_errors=True)
-        os.replace(staged, own)
+        return True
 
     def _merged(self, adapter: _Adapter) -> PreTrainedModel:
         """Merge base and adapter in float32: the model that was trained, its base rounded as in training."""
@@ -355,24 +365,36 @@ class Models:
         staged = folder / ".final"
         distributed.on_main(lambda: shutil.rmtree(staged, ignore_errors=True))
         trainer.save_model(str(staged))
-        distributed.on_main(lambda: self._finish(trainer, stage, folder, staged))
+        dtype = self.delivered_dtype(stage)
+        float32_names = kept_in_float32(trainer.model, dtype)
+        distributed.on_main(lambda: self._finish(trainer, stage, staged, dtype, float32_names))
+        if stage.peft.between_stages == "keep":
+            commit(staged, folder / "final", distributed.ALL_RANKS)
+        else:
+            keep_exact = needs_exact(self.preparer, stage)
+            commit_output(staged, folder, dtype, keep_exact=keep_exact, float32_names=float32_names)
 
-    def _finish(self, trainer: BaseTrainer, stage: Stage, folder: Path, staged: Path) -> None:
-        spec = stage.peft
+    def _finish(
+        self,
+        trainer: BaseTrainer,
+        stage: Stage,
+        staged: Path,
+        dtype: torch.dtype,
+        float32_names: re.Pattern[str] | None,
+    ) -> None:
+        """Complete a saved adapter (`keep`), or replace it by the merged model (`merge`)."""
+        spec, folder = stage.peft, staged.parent
         assert spec is not None
         adapter = self._adapter_of(stage, staged)
         base = adapter.base
         changed = isinstance(base.place, Path) and base.place.name == _BASE
         adapter_files.write_base(staged, base.name, relative=base.way, plain_start=changed)
-        dtype = self.delivered_dtype(stage)
-        float32_names = kept_in_float32(trainer.model, dtype)
         if spec.between_stages == "keep":
             if spec.merge:
                 self._write_merged(adapter, trainer, folder / ".merged")
                 cast_output(folder / ".merged", dtype, float32_names)
-                _replace(folder / ".merged", folder / "merged")
-            write_manifest(staged)
-            _replace(staged, folder / "final")
+                shutil.rmtree(folder / "merged", ignore_errors=True)
+                os.replace(folder / ".merged", folder / "merged")
         else:
             adapter_folder = folder / "adapter"
             shutil.rmtree(adapter_folder, ignore_errors=True)
@@ -382,8 +404,6 @@ class Models:
                     os.replace(staged / name, adapter_folder / name)
             shutil.rmtree(staged)
             self._write_merged(dataclasses.replace(adapter, folder=adapter_folder), trainer, staged)
-            keep_exact = needs_exact(self.preparer, stage)
-            commit_output(staged, folder, dtype, keep_exact=keep_exact, float32_names=float32_names)
 
     def _write_merged(self, adapter: _Adapter, trainer: BaseTrainer, folder: Path) -> None:
         """Merge and save the adapter on disk, independently of sharded weights of the trainer."""
@@ -393,8 +413,3 @@ class Models:
         model.save_pretrained(folder)
         trainer.output.written.tokenizer.save_pretrained(folder)
         write_auto_class_files(model, folder)
-
-
-def _replace(staged: Path, final: Path) -> None:
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(staged, final)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,8 @@ from rpo_trainer.stages.output_dtype import EXACT, exact_is_needed
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.record import OutputRecord
 from rpo_trainer.trainers.base import BaseTrainer
-from rpo_trainer.trainers.checkpoint import MANIFEST, write_manifest
+from rpo_trainer.trainers.checkpoint import commit
+from rpo_trainer.trainers.manifest import digests_in
 
 
 def write_output(
@@ -35,11 +35,7 @@ def write_output(
     distributed.on_main(lambda: shutil.rmtree(staged, ignore_errors=True))
     trainer.save_model(str(staged))
     float32_names = kept_in_float32(trainer.model, dtype)
-    distributed.on_main(
-        lambda: commit_output(
-            staged, folder, dtype, keep_exact=keep_exact, float32_names=float32_names
-        )
-    )
+    commit_output(staged, folder, dtype, keep_exact=keep_exact, float32_names=float32_names)
 
 
 def commit_output(
@@ -50,7 +46,7 @@ def commit_output(
     keep_exact: bool,
     float32_names: re.Pattern[str] | None,
 ) -> None:
-    """Turn a saved model into `final` of a stage, in the dtype of its output.
+    """Turn a saved model into `final` of a stage, in the dtype of its output; called on all ranks.
 
     Args:
         staged: the exact model, in float32; it is moved.
@@ -60,17 +56,17 @@ def commit_output(
         float32_names: see `copy_in_dtype`.
     """
     exact, delivered = folder / EXACT, folder / ".delivered"
-    shutil.rmtree(exact, ignore_errors=True)
-    if dtype != torch.float32 and copy_in_dtype(staged, delivered, dtype, float32_names):
-        if keep_exact:
-            write_manifest(staged)
-            os.replace(staged, exact)
-        else:
-            shutil.rmtree(staged)
-        staged = delivered
-    write_manifest(staged)
-    shutil.rmtree(folder / "final", ignore_errors=True)
-    os.replace(staged, folder / "final")
+
+    def rounded() -> bool:
+        shutil.rmtree(exact, ignore_errors=True)
+        return dtype != torch.float32 and copy_in_dtype(staged, delivered, dtype, float32_names)
+
+    is_rounded = distributed.on_main(rounded)
+    if is_rounded and keep_exact:
+        commit(staged, exact, distributed.ALL_RANKS)
+    elif is_rounded:
+        distributed.on_main(lambda: shutil.rmtree(staged))
+    commit(delivered if is_rounded else staged, folder / "final", distributed.ALL_RANKS)
 
 
 def cast_output(folder: Path, dtype: torch.dtype, float32_names: re.Pattern[str] | None) -> None:
@@ -83,8 +79,7 @@ def cast_output(folder: Path, dtype: torch.dtype, float32_names: re.Pattern[str]
 
 def output_fingerprint(final: Path) -> str:
     """Return a short content key of a stage's output, computed from the hashes of its weights."""
-    files = json.loads((final / MANIFEST).read_text())["files"]
-    weights = [v["xxh3_128"] for name, v in sorted(files.items()) if name.endswith(".safetensors")]
+    weights = [d for name, d in digests_in(final).items() if name.endswith(".safetensors")]
     return "+".join(digest[:16] for digest in weights)
 
 

@@ -60,7 +60,7 @@ from rpo_trainer.stages.record import (
 from rpo_trainer.stages.scored_rows import ScoredRows
 from rpo_trainer.stages.settings import arithmetic, check_warmup, make_trainer
 from rpo_trainer.trainers.base import BaseTrainer
-from rpo_trainer.trainers.checkpoint import verify_manifest
+from rpo_trainer.trainers.manifest import verify_manifest
 from rpo_trainer.trainers.preference import PreferenceTrainer
 from rpo_trainer.trainers.reward import RewardTrainer
 
@@ -74,6 +74,7 @@ def run_chain(
     only: Collection[str] | None = None,
     allow_changed: Collection[str] = (),
     overwrite: bool = False,
+    verify: bool = False,
 ) -> Path:
     """Run the stages that are not finished. Called again, resumes where the run stopped.
 
@@ -85,6 +86,8 @@ def run_chain(
             changes are recorded in chain.json.
         overwrite: start from the beginning, and delete the run in the directory once the new one has
             passed its checks.
+        verify: read the content of all inputs, outputs and checkpoints; False: of those whose size or
+            modification time differs from the recorded one.
 
     Returns:
         The run directory.
@@ -111,7 +114,7 @@ def run_chain(
             if distributed.is_main():
                 hold()
         with distributed.raise_on_all_ranks():
-            chain = _Chain(loaded, run_dir, allow_changed, replaced)
+            chain = _Chain(loaded, run_dir, allow_changed, replaced, verify)
         try:
             return chain.run(only)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -126,8 +129,10 @@ class _Chain:
         run_dir: Path,
         allow_changed: Collection[str] = (),
         replaced: Sequence[ReplacedRun] = (),
+        verify: bool = False,
     ) -> None:
         self.loaded = loaded
+        self.verify = verify
         self.replaced = replaced
         self.run_dir = run_dir
         self.preparer = StagePreparer(loaded, run_dir)
@@ -136,7 +141,7 @@ class _Chain:
         allowed = with_rounds(allow_changed, loaded.recipe.stages)
         self.state.adopt(*plain(loaded.recipe, self.stages, loaded.base_dir), allowed=allowed)
         with errors_located_in(loaded.origins):
-            self.models = Models(self.preparer, run_dir)
+            self.models = Models(self.preparer, run_dir, verify=verify)
         self.scored_rows = ScoredRows(self.preparer, run_dir, self.models, distributed.ALL_RANKS)
         self.evaluation = Evaluation(self.preparer, run_dir, self.models, self.scored_rows)
         self.inputs = InputFiles(self.recipe, self.stages, loaded.base_dir)
@@ -150,7 +155,9 @@ class _Chain:
 
     def run(self, only: Collection[str] | None) -> Path:
         def finished() -> None:
-            check_finished(self.preparer, self.state, self.inputs, run_dir=self.run_dir)
+            check_finished(
+                self.preparer, self.state, self.inputs, run_dir=self.run_dir, verify=self.verify
+            )
 
         distributed.on_main(finished)
         wanted = [
@@ -254,7 +261,8 @@ class _Chain:
             )
 
     def _is_trained(self, stage: Stage, record: StageRecord) -> bool:
-        fault = distributed.on_main(lambda: verify_manifest(self._final(stage.name)))
+        final = self._final(stage.name)
+        fault = distributed.on_main(lambda: verify_manifest(final, content=self.verify))
         return fault is None and record.steps is not None
 
     def _finish(self, stage: Stage, record: StageRecord) -> None:
@@ -297,7 +305,9 @@ class _Chain:
 
         self.progress.phase("reference log-probs" if stage.needs_reference else "starting")
         try:
-            finished = train_stage(trainer, folder, begin=begin, record=record, save=self._save)
+            finished = train_stage(
+                trainer, folder, begin=begin, record=record, save=self._save, verify=self.verify
+            )
         except StepZeroError as error:
             record.step0 = StepZeroRecord(**error.values, ok=False, why=error.why)
             self._save()

@@ -40,6 +40,7 @@ def train_stage(
     begin: Callable[[int, bool], None],
     record: StageRecord,
     save: Callable[[], None],
+    verify: bool = False,
 ) -> bool:
     """Train the stage, or resume from its last complete checkpoint.
 
@@ -48,6 +49,7 @@ def train_stage(
             held-out examples were already evaluated at that step.
         record: the stage's record, updated during training.
         save: writes the record to disk.
+        verify: read the content of the checkpoints (`verify_manifest`).
 
     Returns:
         Whether training reached its last step.
@@ -58,7 +60,7 @@ def train_stage(
             setattr(record, name, value)
         save()
 
-    checkpoint = distributed.on_main(lambda: _resume_from(folder))
+    checkpoint = distributed.on_main(lambda: _resume_from(folder, verify))
     if checkpoint is None:
         begin(-1, False)
     else:
@@ -94,8 +96,8 @@ def train_stage(
     return True
 
 
-def _resume_from(folder: Path) -> Path | None:
-    found = last_complete(folder)
+def _resume_from(folder: Path, verify: bool) -> Path | None:
+    found = last_complete(folder, content=verify)
     for later in checkpoints(folder):
         if later == found:
             break

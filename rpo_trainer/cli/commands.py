@@ -96,6 +96,12 @@ def cli(verbose: bool) -> None:
     help="Resume even though this key of the recipe, or a key below it, has changed, such as "
     "stages.dpo.beta or stages.dpo. Can be repeated.",
 )
+@click.option(
+    "--verify",
+    is_flag=True,
+    help="Read the content of all inputs, outputs and checkpoints of the run, not only of files whose "
+    "size or modification time has changed.",
+)
 def run(
     recipe: Path,
     overrides: Sequence[str],
@@ -103,6 +109,7 @@ def run(
     no_report: bool,
     overwrite: bool,
     allowed: Sequence[str],
+    verify: bool,
 ) -> None:
     """Run all stages of a recipe, or resume the run.
 
@@ -113,7 +120,12 @@ def run(
         raise click.UsageError(
             "--allow-changed and --overwrite cannot be combined: one resumes a run, the other deletes it."
         )
-    _run(recipe, overrides, run_dir, None, not no_report, allowed, overwrite)
+    if overwrite and verify:
+        raise click.UsageError(
+            "--verify and --overwrite cannot be combined: one checks the files of a run, the other deletes "
+            "them."
+        )
+    _run(recipe, overrides, run_dir, None, not no_report, allowed, overwrite, verify)
 
 
 @cli.command()
@@ -228,6 +240,7 @@ def _run(
     with_report: bool,
     allowed: Sequence[str] = (),
     overwrite: bool = False,
+    verify: bool = False,
 ) -> None:
     loaded = load_recipe(recipe, overrides)  # before torch is imported, to show errors immediately
     from transformers.utils.logging import disable_progress_bar
@@ -238,7 +251,8 @@ def _run(
     disable_progress_bar()  # type: ignore[no-untyped-call]  # one bar per file
     name = expand_stages(loaded.recipe)[-1].name if only is None else select_stage(loaded, *only)
     folder = run_chain(
-        loaded, run_dir, only=None if only is None else {name}, allow_changed=allowed, overwrite=overwrite,
+        loaded, run_dir, only=None if only is None else {name}, allow_changed=allowed,
+        overwrite=overwrite, verify=verify,
     )  # fmt: skip
     if _rank("RANK") != 0:
         return

@@ -66,6 +66,7 @@ class StagePlan:
             examples of the first 100 steps or fewer; None: one device.
         frozen: dtype that weights below an adapter are held in; None: all are trained.
         seconds: of the entire stage on one device of this machine; None: not measured.
+        copied: bytes of CPU memory that `async_save` copies a checkpoint to; 0: it is off.
     """
 
     name: str
@@ -80,6 +81,7 @@ class StagePlan:
     idle_share: float | None = None
     frozen: str | None = None
     seconds: float | None = None
+    copied: int = 0
 
 
 @dataclass
@@ -184,6 +186,7 @@ class _Planner:
         )
         typical = sorted(batches, key=lambda batch: sum(costs[i] for i in batch))[len(batches) // 2]
         self.typical[stage.name] = (stage, [examples[i] for i in typical])
+        saved = memory.gradients if stage.peft is not None else 4 * self.parameters
         return StagePlan(
             name=stage.name,
             kind=stage.kind,
@@ -203,6 +206,7 @@ class _Planner:
                 optimizer=memory.optimizer,
                 responses=int(examples.response_counts().sum()),
             ),
+            copied=saved + memory.optimizer if config.async_save else 0,
         )
 
     def _sampler(self, examples: Examples, config: BaseConfig) -> TrainSampler:

@@ -90,6 +90,8 @@ def _lines(plan: Plan, run_dir: Path) -> Iterator[str]:
     if budgets:
         tokens = ", ".join(f"{stage.name} {stage.micro_batch_tokens:,}" for stage in budgets)
         yield f"micro_batch_tokens: {tokens}."
+    if copied := max(stage.copied for stage in plan.stages):
+        yield f"async_save: a copy of each checkpoint in CPU memory, up to {size(copied)}."
     if any(stage.assumed for stage in plan.stages):
         marks = "≤, ≥" if plan.devices > 1 else "≤"
         yield f"{marks}: responses are not sampled yet and count as max_new_tokens."

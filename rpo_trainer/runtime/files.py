@@ -8,12 +8,15 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
+
+from rpo_trainer.runtime.cores import usable_cores
 
 _REFUSALS = (
     errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG, errno.EACCES, errno.EPERM,
@@ -25,6 +28,11 @@ _NOT_WRITTEN = ("PytorchStreamWriter failed", "unexpected pos", "iostream error"
 DIGEST_SUFFIX = ".xxh3_128"
 # A file changed this shortly before it was read may change again with the same timestamp.
 _TIME_STEP_NS = 2 * 10**9
+_BLOCK = 2**22  # bytes read at once
+_LEAST_THREADS, _MOST_THREADS = 4, 16  # more than cores: some of them wait for the disk
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 def near_directory(path: Path) -> str:
@@ -114,10 +122,23 @@ def remove_empty(folders: Iterable[Path]) -> None:
 def file_digest(path: Path) -> str:
     """Return the xxh3-128 of a file's content."""
     digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
+    block = memoryview(bytearray(_BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
     return str(digest.hexdigest())
+
+
+def in_threads(read: Callable[[S], T], items: Sequence[S]) -> list[T]:
+    """Return the results of a function that reads files, in the order of `items`, with several threads.
+
+    Reading and hashing release the interpreter lock. The first error is raised.
+    """
+    threads = min(_MOST_THREADS, max(_LEAST_THREADS, usable_cores()), len(items))
+    if threads <= 1:
+        return [read(item) for item in items]
+    with ThreadPoolExecutor(threads) as readers:
+        return list(readers.map(read, items))
 
 
 def json_digest(content: Mapping[str, Any]) -> str:
@@ -150,10 +171,32 @@ def known_digest(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
     now = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     if known is not None and known.get("stat") == now:
         return dict(known)
+    digest, settled = settled_digest(path, status.st_ctime_ns)
+    return {"digest": digest, "stat": now} if settled else {"digest": digest}
+
+
+def settled_digest(path: Path, time_ns: int) -> tuple[str, bool]:
+    """Return the digest of a file, and whether any later change gives it another time than `time_ns`.
+
+    Args:
+        time_ns: its modification or change time before it is read.
+    """
     started = time.time_ns()
-    digest = file_digest(path)
-    stable = started - status.st_ctime_ns > _TIME_STEP_NS
-    return {"digest": digest, "stat": now} if stable else {"digest": digest}
+    return file_digest(path), started - time_ns > _TIME_STEP_NS
+
+
+def settle(path: Path) -> int | None:
+    """Set the modification time of a file just written back, so that any later change gives it another one.
+
+    Returns:
+        The time that the file system has kept, in ns; None if it does not set times.
+    """
+    try:
+        status = path.stat()
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns - 2 * _TIME_STEP_NS))
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def refusal(error: BaseException) -> str | None:

@@ -39,7 +39,9 @@ Parts of a trainer:
   guards            NaN and infinite losses or gradients: stop, or skip the step
   step_zero         check of the loss before the first update against its closed form
   early_warnings    warnings of common problems of preference training
-  checkpoint        atomic checkpoints with hashes
+  checkpoint        atomic checkpoints
+  background_save   checkpoints that are written while training continues
+  manifest          sizes, times and hashes of their files, and of outputs
   outputs           files besides the weights
   trackers          fault-tolerant trackers
 """

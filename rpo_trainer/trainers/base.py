@@ -29,6 +29,7 @@ The steps of `train()` in order, each with its method. (T): method of `transform
         log                         means of the metrics over all ranks, every `logging_steps`
         evaluate, evaluation_loop   every `eval_steps`; for each batch `prediction_step`, `evaluated` [hook]
         _save_checkpoint            every `save_steps`: staged, then moved to its place
+      _finalize_training            with `async_save`: waits for the last checkpoint
 
 Engine, guards, files and the load-balancing loss are separate objects: `engine`, `step_guard`, `checkpoints`
 and `output`, `router`.
@@ -45,6 +46,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from rpo_trainer.models.sharding import has_shards, is_replicated, reshard
@@ -57,6 +59,7 @@ from rpo_trainer.step.batch import Layout, PackedBatch, StepBatch
 from rpo_trainer.step.forward import token_logprobs
 from rpo_trainer.step.logprobs import response_sums
 from rpo_trainer.trainers import setup, token_metrics
+from rpo_trainer.trainers.background_save import warn_of_early_callbacks
 from rpo_trainer.trainers.base_config import BaseConfig
 from rpo_trainer.trainers.checkpoint import (
     Checkpoints,
@@ -304,7 +307,12 @@ class BaseTrainer(Trainer):
         self.tokens_seen.begin(resume)
         self.before_training(resume)
         on_cpu = self.args.device.type == "cpu"
-        with keeping_freed_memory() if on_cpu else contextlib.nullcontext():
+        if self.checkpoints.background is not None and is_main():
+            warn_of_early_callbacks(self.callback_handler.callbacks)
+        with (
+            keeping_freed_memory() if on_cpu else contextlib.nullcontext(),
+            self.checkpoints.kept_on_errors(),
+        ):
             if not self.engine.wraps_late:
                 self.policy_ready(resume)
             if on_cpu and is_main():
@@ -499,6 +507,10 @@ class BaseTrainer(Trainer):
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(output / f"checkpoint-{self.state.global_step}"))
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self.checkpoints.finish()  # the best model may be loaded from it
+        return super()._finalize_training(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def _get_output_dir(self, trial: Any) -> str:
         staging = self.checkpoints.staging
         return str(staging) if staging else super()._get_output_dir(trial)
@@ -547,7 +559,13 @@ class BaseTrainer(Trainer):
                 self.output.complete(self.model, folder, checkpoint=staged)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
+        background = self.checkpoints.background
+        if background is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            assert self.optimizer is not None and self.lr_scheduler is not None
+            background.torch_save(self.optimizer.state_dict(), Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
         tokens = self.tokens_seen.total()
         if self.args.should_save:
             self.tokens_seen.write(Path(output_dir), tokens)

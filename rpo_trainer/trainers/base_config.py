@@ -182,6 +182,11 @@ class BaseConfig(TrlArguments):
         "Recompute activations in the backward pass. None: on if the model supports it and FSDP does not do "
         "it."
     )
+    async_save: bool = described(
+        "Write checkpoints while training continues: weights and optimizer state are copied to CPU memory by "
+        "the process that saves, and a thread writes the copy. Not with FSDP and DeepSpeed.",
+        False,
+    )
     remove_unused_columns: bool = described("Only False: the collator selects the columns.", False)
     logging_nan_inf_filter: bool = described("Only False: see on_nonfinite.", False)
     logging_steps: float = described("Number of optimizer steps between log lines.", 10)

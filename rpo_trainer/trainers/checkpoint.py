@@ -5,13 +5,12 @@ A trainer has one `Checkpoints`, which stages checkpoints and finds the one to r
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ from accelerate import Accelerator
 from transformers import TrainerState, TrainingArguments
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
-from rpo_trainer.errors import RunError
-from rpo_trainer.runtime.distributed import on_main
-from rpo_trainer.runtime.files import atomic_write, file_digest
+from rpo_trainer.errors import RunError, StoppedBySignal
+from rpo_trainer.runtime.distributed import ALL_RANKS, on_main, raise_on_all_ranks
+from rpo_trainer.runtime.ranks import ALONE, Ranks
+from rpo_trainer.trainers.background_save import BackgroundSave
 from rpo_trainer.trainers.engine import check_same_engine
+from rpo_trainer.trainers.manifest import MANIFEST, verify_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "manifest.json"
 STAGING = ".staging"
 # Of a single process or DDP, of FSDP2, of DeepSpeed
 _OPTIMIZER = re.compile(r"^(optimizer\.pt|optimizer\.bin|optimizer_\d+|global_step\d+)$")
@@ -45,10 +45,15 @@ class Checkpoints:
         self.args = args
         self.accelerator = accelerator
         self.staging: Path | None = None
+        self.background = BackgroundSave() if getattr(args, "async_save", False) else None
 
     @contextmanager
     def staged(self, output: Path, state: TrainerState) -> Iterator[None]:
-        """Write a checkpoint to `staging` inside this context, and move it to `output` when complete."""
+        """Write a checkpoint to `staging` inside this context, and move it to `output` when complete.
+
+        With `async_save`, its large files are written after the context, while training continues.
+        """
+        self.finish()
         name = f"checkpoint-{state.global_step}"
         staging = output / STAGING
         if self.args.should_save:
@@ -57,7 +62,8 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         self.staging = staging
         try:
-            yield
+            with nullcontext() if self.background is None else self.background.deferred():
+                yield
         finally:
             self.staging = None
         self.accelerator.wait_for_everyone()
@@ -66,13 +72,52 @@ class Checkpoints:
         is_best = state.best_global_step == state.global_step
         if is_best:
             state.best_model_checkpoint = str(output / name)
-        if self.args.should_save:
-            if is_best:
-                state.save_to_json(str(staging / name / "trainer_state.json"))
-            commit(staging / name, output / name)
-            shutil.rmtree(staging, ignore_errors=True)
-            rotate(output, self.args.save_total_limit, state.best_model_checkpoint)
+        if self.args.should_save and is_best:
+            state.save_to_json(str(staging / name / "trainer_state.json"))
+        best = state.best_model_checkpoint
+        if self.background is not None:
+            if self.args.should_save:
+                self.background.start(
+                    output / name,
+                    lambda: self._complete(staging / name, output / name, best, ALONE),
+                )
+            return
+        # With save_on_each_node, a rank of each host writes a checkpoint of its own.
+        alone = self.args.save_on_each_node
+        if self.args.should_save or not alone:
+            self._complete(staging / name, output / name, best, ALONE if alone else ALL_RANKS)
         self.accelerator.wait_for_everyone()
+
+    def _complete(self, staged: Path, final: Path, best: str | None, ranks: Ranks) -> None:
+        """Commit a checkpoint, and remove old ones; `ranks` hash its files."""
+        commit(staged, final, ranks)
+        if self.args.should_save:
+            shutil.rmtree(staged.parent, ignore_errors=True)
+            rotate(final.parent, self.args.save_total_limit, best)
+
+    def finish(self) -> None:
+        """Wait for a checkpoint that is written while training continues; called on all ranks.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self.background is not None:
+            with raise_on_all_ranks():
+                self.background.finish()
+
+    @contextmanager
+    def kept_on_errors(self) -> Iterator[None]:
+        """If an error ends training inside this context, complete the checkpoint that is being written.
+
+        It is abandoned if the process is to stop immediately.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.background is not None:
+                at_once = isinstance(error, StoppedBySignal) or not isinstance(error, Exception)
+                self.background.stop(abandon=at_once)
+            raise
 
     def to_resume(self, wanted: str | bool | None) -> str | None:
         """Return the checkpoint for `train(resume_from_checkpoint=wanted)`; None to start from scratch.
@@ -155,49 +200,20 @@ def load_into_wrapped(trainer: Any, folder: str) -> None:
         trainer._load_scaler(folder)
 
 
-def write_manifest(folder: Path) -> None:
-    """Write sizes and hashes of all files of the directory to its `manifest.json`, synced to disk."""
-    files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "xxh3_128": file_digest(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    atomic_write(folder / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1))
+def commit(staged: Path, final: Path, ranks: Ranks = ALONE) -> None:
+    """Turn a staged directory into a complete checkpoint at `final`.
 
+    Args:
+        ranks: the processes that hash its files; all of them call this.
+    """
+    write_manifest(staged, ranks)
 
-def verify_manifest(folder: Path) -> str | None:
-    """Return the difference between a directory and its manifest, or None if there is none."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return f"no {MANIFEST}: it was not written completely"
-    try:
-        files = [
-            (str(name), int(entry["size"]), str(entry["xxh3_128"]))
-            for name, entry in json.loads(manifest.read_text())["files"].items()
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-    for name, expected_size, expected_digest in files:
-        path = folder / name
-        try:
-            if not path.is_file():
-                return f"{name} is missing"
-            size = path.stat().st_size
-            if size != expected_size:
-                return f"{name} has {size} bytes, {expected_size} were written"
-            if file_digest(path) != expected_digest:
-                return f"the content of {name} has changed"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror or error})"
-    return None
+    def move() -> None:
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(staged, final)
 
-
-def commit(staged: Path, final: Path) -> None:
-    """Turn a staged directory into a complete checkpoint at `final`."""
-    write_manifest(staged)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(staged, final)
+    ranks.on_main(move)
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -208,10 +224,14 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
-def last_complete(output_dir: Path) -> Path | None:
-    """Return the newest checkpoint that matches its manifest; damaged ones are skipped with a WARNING."""
+def last_complete(output_dir: Path, *, content: bool = False) -> Path | None:
+    """Return the newest checkpoint that matches its manifest; damaged ones are skipped with a WARNING.
+
+    Args:
+        content: see `verify_manifest`.
+    """
     for path in checkpoints(output_dir):
-        fault = verify_manifest(path)
+        fault = verify_manifest(path, content=content)
         if fault is None:
             return path
         logger.warning("checkpoint %s is damaged (%s): using the previous one", path, fault)

@@ -9,12 +9,14 @@ import math
 from collections.abc import Iterator
 from typing import Any, get_args
 
+from transformers.trainer_utils import HubStrategy
+
 from rpo_trainer.errors import RecipeError
 from rpo_trainer.recipe.template_kwargs import faults
 from rpo_trainer.step.batch import Layout
 from rpo_trainer.trainers.argument_checks import setting_problems
 from rpo_trainer.trainers.argument_status import Problem
-from rpo_trainer.trainers.engine import requests_deepspeed
+from rpo_trainer.trainers.engine import requests_deepspeed, requests_sharding
 
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # modes of torch.compile
 
@@ -72,6 +74,7 @@ def config_problems(args: Any) -> Iterator[Problem]:
             setting="global_batch_size",
         )
     yield from _nonfinite_problems(args)
+    yield from _async_save_problems(args)
     if (coefficient := args.router_aux_loss_coef) is not None and not (
         math.isfinite(coefficient) and coefficient >= 0
     ):
@@ -144,6 +147,26 @@ def _nonfinite_problems(args: Any) -> Iterator[Problem]:
             "gradient when it is clipped",
             code="training.conflicting-settings",
             setting="max_grad_norm",
+        )
+
+
+def _async_save_problems(args: Any) -> Iterator[Problem]:
+    """Yield the problems of async_save."""
+    if not args.async_save:
+        return
+    if requests_sharding({"deepspeed": args.deepspeed, "fsdp": args.fsdp}):
+        yield Problem(
+            "async_save does not work with FSDP and DeepSpeed, whose ranks write their shards together: "
+            "remove it, or use DDP",
+            code="training.unsupported-setting",
+            setting="async_save",
+        )
+    if args.push_to_hub and args.hub_strategy != HubStrategy.END:
+        yield Problem(
+            f"async_save conflicts with hub_strategy {args.hub_strategy.value}, which pushes each checkpoint "
+            "when it is saved: set hub_strategy=end",
+            code="training.conflicting-settings",
+            setting="async_save",
         )
 
 

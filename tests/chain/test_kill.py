@@ -203,6 +203,51 @@ def test_killed_and_run_again(
     injected(f"SIGKILL at {point}", "survived")
 
 
+def in_background() -> tiny.Recipe:
+    recipe = tiny.tiny_recipe()
+    for stage in recipe["stages"]:
+        stage["training_args"] = {**stage.get("training_args", {}), "async_save": True}
+    return recipe
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "point",
+    [
+        "file:general/.staging/checkpoint-3/model.safetensors",
+        "file:general/.staging/checkpoint-3/optimizer.pt",
+        "replace:general/.staging/checkpoint-3/manifest.json",
+        "replace:general/checkpoint-3",
+    ],
+)
+def test_killed_while_a_thread_writes_a_checkpoint(
+    point: str, finished: Path, prefix: Any, tmp_path: Path, injected: Injected
+) -> None:
+    tiny.write_recipe(tmp_path, in_background())
+    run_dir = prefix(tmp_path, "general")
+    command = ("sft", "--stage", "general")
+    assert in_process(tmp_path, point, signal.SIGKILL, *command) == -signal.SIGKILL
+    assert (tmp_path / MARKER).read_text() == point
+    assert_stopped_there(run_dir, "general", 2, False)
+    assert in_process(tmp_path, None, 0, *command) == 0, (tmp_path / "output").read_text()
+    assert_like_straight(run_dir, finished, ["general"])
+    injected(f"SIGKILL at {point}, async_save", "survived")
+
+
+@pytest.mark.slow
+def test_a_signal_waits_for_the_thread_that_writes(
+    finished: Path, prefix: Any, tmp_path: Path, injected: Injected
+) -> None:
+    tiny.write_recipe(tmp_path, in_background())
+    run_dir = prefix(tmp_path, "general")
+    command = ("sft", "--stage", "general")
+    assert in_process(tmp_path, "step:general:2", signal.SIGTERM, *command) == 75
+    assert_stopped_there(run_dir, "general", 3, False)
+    assert in_process(tmp_path, None, 0, *command) == 0
+    assert_like_straight(run_dir, finished, ["general"])
+    injected("SIGTERM at step:general:2, async_save", "survived")
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments(finished: Path, tmp_path: Path, injected: Injected) -> None:
     """One chain, killed repeatedly at arbitrary points until it finishes."""

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from rpo_trainer.trainers.manifest import shares
 from tests.conftest import Injected
 from tests.distributed.launch import require, run, torchrun
 from tests.distributed.worker import ENGINES, STEPS
@@ -321,7 +322,14 @@ def test_all_ranks_leave_out_the_step_that_is_not_finite_on_one(engine: str, res
 def test_a_checkpoint_waits_for_the_last_rank(engine: str, results: Any) -> None:
     found = results(engine)[LATE]
     assert found["damage"] is None
-    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(found["files"])
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(found["sizes"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_each_rank_hashes_its_own_share(engine: str, results: Any) -> None:
+    found = results(engine)[LATE]
+    assert found["hashed"] == dict(enumerate(map(sorted, shares(found["sizes"], 2))))
+    assert "rng_state_1.pth" in found["hashed"][1]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

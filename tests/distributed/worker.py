@@ -230,22 +230,32 @@ def harm(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def save_late(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:
-    """The second rank is slow to write its part of a checkpoint."""
-    from rpo_trainer.runtime.distributed import rank
-    from rpo_trainer.trainers import checkpoint
+    """The second rank is slow to write its part of a checkpoint; each rank hashes its own part."""
+    from rpo_trainer.runtime.distributed import all_gather_dict, rank
+    from rpo_trainer.trainers import checkpoint, manifest
 
     trainer = trainer_of(engine, case, out)
-    own = trainer._save_rng_state
+    own, own_digest = trainer._save_rng_state, manifest.file_digest
+    hashed: list[str] = []
 
     def save_rng_state(folder: str) -> None:
         time.sleep(rank())
         own(folder)
 
+    def digest(path: Path) -> str:
+        hashed.append(path.as_posix().partition(f"checkpoint-{STEPS}/")[2])
+        return own_digest(path)
+
     trainer._save_rng_state = save_rng_state
-    trainer.train()
+    with mock.patch.object(manifest, "file_digest", digest):
+        trainer.train()
     folder = out / "run" / f"checkpoint-{STEPS}"
     files = json.loads((folder / checkpoint.MANIFEST).read_text())["files"]
-    return {"damage": checkpoint.verify_manifest(folder), "files": sorted(files)}
+    return {
+        "damage": checkpoint.verify_manifest(folder, content=True),
+        "sizes": {name: entry["size"] for name, entry in files.items()},
+        "hashed": all_gather_dict({rank(): sorted(hashed)}),
+    }
 
 
 def load_best(engine: str, case: dict[str, Any], out: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from rpo_trainer.errors import RunError
-from rpo_trainer.trainers import checkpoint
+from rpo_trainer.runtime import files
+from rpo_trainer.trainers import checkpoint, manifest
 from tests.chain import tiny
 from tests.conftest import Injected
 from tests.faults.conftest import sampled_rpo
@@ -137,6 +139,52 @@ def test_every_file_of_an_output(
             injected(f"{harm.__name__} in final/{path.name}", "survived")
         next(back, None)
     tiny.run(folder, sampled_rpo())
+
+
+# --- what a start reads ---
+
+
+def changed_unseen(path: Path) -> None:
+    """Change the content, but neither size nor modification time."""
+    before = path.stat()
+    flipped_bit(path, drawn(flipped_bit, path.name))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_an_unchanged_start_reads_no_content(
+    straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(straight, tmp_path / "again")
+    read: list[str] = []
+    own = files.file_digest
+    for module in (files, manifest):
+        monkeypatch.setattr(module, "file_digest", lambda path: read.append(path.name) or own(path))
+    tiny.run(folder, sampled_rpo())
+    assert read == []
+    tiny.run(folder, sampled_rpo(), verify=True)
+    assert {"model.safetensors", "config.json", "README.md"} <= set(read)
+
+
+def test_a_change_that_keeps_size_and_time_is_found_by_verify(
+    straight: Path, tmp_path: Path, injected: Injected
+) -> None:
+    folder = shutil.copytree(straight, tmp_path / "again")
+    final = folder / "run" / "rpo" / "final"
+    changed_unseen(final / "model.safetensors")
+    tiny.run(folder, sampled_rpo())
+    with raises("run.damaged-output", RunError, where=str(final)) as error:
+        tiny.run(folder, sampled_rpo(), verify=True)
+    assert "model.safetensors" in error.value.what
+    injected("flipped_bit in final/model.safetensors, times restored, --verify", "stopped")
+
+
+def test_verify_reads_the_checkpoints(
+    again: Path, expected: dict[str, str], injected: Injected, caplog: pytest.LogCaptureFixture
+) -> None:
+    changed_unseen(again / "run" / "rpo" / "checkpoint-2" / "model.safetensors")
+    assert tiny.weights(tiny.run(again, sampled_rpo(), verify=True)) == expected
+    assert "checkpoint-2 is damaged" in caplog.text
+    injected("flipped_bit in checkpoint-2/model.safetensors, times restored, --verify", "survived")
 
 
 # --- cached results ---

@@ -69,10 +69,12 @@ def failing(point: str, error: Exception) -> Iterator[list[str]]:
 
 
 def stops_and_goes_on(
-    folder: Path, point: str, error: Exception, said: str, expected: dict[str, str]
+    folder: Path, point: str, error: Exception, said: str, expected: dict[str, str], **settings: Any
 ) -> None:
+    recipe = sampled_rpo()
+    recipe["stages"][0]["training_args"] = settings
     with failing(point, error) as reached, raises("run.file-system", RunError) as raised:
-        tiny.run(folder, sampled_rpo())
+        tiny.run(folder, recipe)
     assert reached == [point]
     assert raised.value.exit_code == 2 and raised.value.what.endswith(f": {said}")
     assert raised.value.where and raised.value.fix
@@ -97,6 +99,22 @@ def test_a_full_disk(
     error = OSError(FULL, os.strerror(FULL), "file")
     stops_and_goes_on(tmp_path, point, error, os.strerror(FULL), expected)
     injected(f"ENOSPC at {point}", "survived")
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        "file:rpo/.staging/checkpoint-2/optimizer.pt",
+        pytest.param("file:rpo/.staging/checkpoint-3/model.safetensors", marks=pytest.mark.slow),
+        pytest.param("replace:rpo/.staging/checkpoint-3/manifest.json", marks=pytest.mark.slow),
+    ],
+)
+def test_a_full_disk_while_a_thread_writes(
+    point: str, tmp_path: Path, expected: dict[str, str], injected: Injected
+) -> None:
+    error = OSError(FULL, os.strerror(FULL), "file")
+    stops_and_goes_on(tmp_path, point, error, os.strerror(FULL), expected, async_save=True)
+    injected(f"ENOSPC at {point}, async_save", "survived")
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rpo_trainer.errors import RunError
+from rpo_trainer.runtime import files
 from rpo_trainer.trainers import checkpoint
 from tests.raising import raises
 
@@ -115,7 +116,8 @@ def test_a_file_that_cannot_be_read_is_damage(output, monkeypatch):
     def fail(path):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(checkpoint, "file_digest", fail)
+    os.utime(output / "checkpoint-9" / "model.safetensors")
+    monkeypatch.setattr(files, "file_digest", fail)
     with raises("run.damaged-checkpoint", RunError) as error:
         checkpoint.require_complete(output / "checkpoint-9")
     assert "Permission denied" in error.value.what

@@ -112,6 +112,19 @@ def test_killed_and_resumed_is_bitwise_the_straight_run(kind, step, trainer_of, 
     assert_bitwise_equal(resumed.model, expected)
 
 
+@pytest.mark.parametrize("kind", ["sft", "rpo", "lora"])
+def test_and_with_checkpoints_written_in_the_background(
+    kind, trainer_of, straight_models, tmp_path
+):
+    expected = straight(kind, trainer_of, straight_models)
+    kill(trainer_of(kind, "out", async_save=True), 4)
+    assert checkpoint.last_complete(tmp_path / "out") == tmp_path / "out" / "checkpoint-4"
+    resumed = trainer_of(kind, "out", async_save=True)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == STEPS
+    assert_bitwise_equal(resumed.model, expected)
+
+
 def test_the_intervals_asked_for_now_count(trainer_of):
     kill(trainer_of("sft", "out"), 2)  # logged every second step, saved at each
     resumed = trainer_of("sft", "out", logging_steps=3, save_steps=5)
