@@ -48,6 +48,7 @@ SIZES = {
     "1b": Shape(2048, 16, 32, 8, 8192, 128256, tied=True),  # Llama-3.2-1B
     "8b": Shape(4096, 32, 32, 8, 14336, 128256),  # Llama-3.1-8B
     "tiny": Shape(64, 2, 4, 2, 128),
+    "nano": Shape(8, 1, 1, 1, 16),  # benchmarks/data.py: almost no model
 }
 
 
