@@ -10,8 +10,9 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rpo_trainer.runtime.files import atomic_write, file_digest, in_threads, settle, settled_digest
 from rpo_trainer.runtime.ranks import ALONE, Ranks
@@ -25,7 +26,8 @@ _OF_RANK = re.compile(
 )
 
 
-class Entry(NamedTuple):
+@dataclass(frozen=True)
+class Entry:
     """A file of a manifest.
 
     Attributes:
@@ -63,7 +65,7 @@ def add_to_manifest(folder: Path, name: str) -> None:
     """Add a file to the manifest of its directory, or update its entry if its content has changed."""
     entries, path = _read(folder), folder / name
     before = entries.get(name)
-    if before is None or before[:2] != (path.stat().st_size, file_digest(path)):
+    if before is None or before.xxh3_128 != file_digest(path):
         _write(folder, entries | _entries(folder, [name]))
 
 
@@ -184,7 +186,7 @@ def _read_again(folder: Path, entries: dict[str, Entry], times: Mapping[str, int
         if (fault := found[name][0]) is not None:
             return fault
     now = {
-        name: entry._replace(mtime_ns=times[name]) if found.get(name, (None, False))[1] else entry
+        name: replace(entry, mtime_ns=times[name]) if found.get(name, (None, False))[1] else entry
         for name, entry in entries.items()
     }
     if now != entries:
@@ -214,7 +216,7 @@ def _parsed(entry: Mapping[str, Any]) -> Entry:
 
 def _write(folder: Path, entries: Mapping[str, Entry]) -> None:
     files = {
-        name: {field: value for field, value in entry._asdict().items() if value is not None}
+        name: {field: value for field, value in asdict(entry).items() if value is not None}
         for name, entry in sorted(entries.items())
     }
     atomic_write(folder / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1))
