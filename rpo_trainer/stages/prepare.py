@@ -24,6 +24,7 @@ from rpo_trainer.data import (
 from rpo_trainer.data.duplicates import prompt_key
 from rpo_trainer.data.encode import PromptEncoder
 from rpo_trainer.data.rows import Kind, Row, RowError
+from rpo_trainer.data.sources import FirstRows
 from rpo_trainer.errors import DataError
 from rpo_trainer.models.loading import load_config, load_tokenizer
 from rpo_trainer.recipe import (
@@ -75,14 +76,18 @@ class StagePreparer:
 
     Every call reads the data again, except for the stage given to `keep`.
 
+    Args:
+        first: read only the first rows of each source; None: all.
+
     Attributes:
         stages: all stages, in order; repeated ones expanded.
         steps: optimizer steps of the stages prepared so far, by name; for prompts whose responses are still
             to be sampled, an upper bound.
     """
 
-    def __init__(self, loaded: LoadedRecipe) -> None:
+    def __init__(self, loaded: LoadedRecipe, first: FirstRows | None = None) -> None:
         self.loaded = loaded
+        self.first = first
         self.recipe = loaded.recipe
         self.stages = expand_stages(loaded.recipe)
         self.steps: dict[str, int] = {}
@@ -354,7 +359,7 @@ class StagePreparer:
     ) -> list[Row]:
         """Call `load_rows` with the recipe's directory and, by default, its seed."""
         return load_rows(
-            sources, kind=kind, base_dir=self.loaded.base_dir, audit=audit,
+            sources, kind=kind, base_dir=self.loaded.base_dir, audit=audit, first=self.first,
             seed=self.recipe.seed if seed is None else seed, **more,
         )  # fmt: skip
 
