@@ -144,10 +144,18 @@ def plan(
     help="Number of examples per stage.",
 )  # fmt: skip
 @click.option("--stage", metavar="NAME", help="Only this stage.")
-def preview(recipe: Path, overrides: Sequence[str], count: int, stage: str | None) -> None:
+@click.option(
+    "--all", "every_row", is_flag=True,
+    help="Read all rows, and select the examples from them: evenly spaced, and the longest.",
+)  # fmt: skip
+def preview(
+    recipe: Path, overrides: Sequence[str], count: int, stage: str | None, every_row: bool
+) -> None:
     """Show training examples of a recipe, token by token.
 
-    Marks the tokens that are trained and those that are truncated.
+    Marks the tokens that are trained and those that are truncated. The examples are evenly spaced, and the
+    longest, among the first 100 rows of each source (the first -n, if that is more); faults in other rows
+    are found by `check`.
     """
     loaded = load_recipe(recipe, overrides)
     from rich.console import Console
@@ -155,7 +163,8 @@ def preview(recipe: Path, overrides: Sequence[str], count: int, stage: str | Non
     from rpo_trainer.stages.preview import preview
 
     console = Console()
-    for text in preview(loaded, count, stage=stage, colors=console.color_system is not None):
+    colors = console.color_system is not None
+    for text in preview(loaded, count, stage=stage, colors=colors, every_row=every_row):
         console.print(text, soft_wrap=True)
 
 

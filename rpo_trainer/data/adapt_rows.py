@@ -127,6 +127,8 @@ def adapt(
     places: Sequence[int] = raw.places
     if chosen.together:
         rows, places = _together(rows, places, chosen.together)
+        if raw.more and len(rows) > 1:  # the rest of the last one may not have been read
+            rows, places = rows[:-1], places[:-1]
         audit.add_joined(raw.name, len(rows))
     repeated = {column for column in missed if column.lower() in _PROMPT_NAMES}
     for row, place in zip(rows, places, strict=True):

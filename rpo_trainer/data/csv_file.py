@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,23 @@ _PLAIN = re.compile(r"[^,\r\n]*")
 _END = re.compile(r",|\r\n|\n|\r|\Z")
 
 
-def read_csv(path: Path) -> list[dict[str, str | None]]:
+_FIRST_BYTES = 2**16  # read at first for a limited number of rows
+
+
+def read_csv(path: Path, limit: int | None = None) -> list[dict[str, str | None]]:
     """Read the rows of a CSV file (RFC 4180) whose first line names the columns. All values are text.
 
     An empty field is null, a quoted one (`""`) is an empty text. Empty lines are skipped. A first column
     without a name that holds integers is an index, and is named INDEX.
 
+    Args:
+        limit: read the first rows only, at most this many; None: all.
+
     Raises:
         DataError: not valid CSV, not UTF-8, or column names that are missing or repeated.
     """
     where = str(path)
-    text = decode(path.read_bytes(), 0, where)
-    lines = _lines(text, where)
+    lines = iter(_first_lines(path, where, limit))
     names = [name or "" for name in next(lines, (1, []))[1]]
     rows = []
     for number, fields in lines:
@@ -41,6 +48,25 @@ def read_csv(path: Path) -> list[dict[str, str | None]]:
         names[0] = INDEX
     _check_names(names, where)
     return [dict(zip(names, fields, strict=True)) for fields in rows]
+
+
+def _first_lines(
+    path: Path, where: str, limit: int | None
+) -> Iterable[tuple[int, list[str | None]]]:
+    """Return the lines of a file, or with `limit` the names and the first rows, from its first bytes."""
+    size = _FIRST_BYTES
+    while limit is not None and size < path.stat().st_size:
+        with path.open("rb") as file:
+            head = file.read(size)
+        head = head[: head.rfind(b"\n") + 1]
+        # The last row may go on behind the bytes that were read.
+        with suppress(DataError):
+            first = [*islice(_lines(decode(head, 0, where), where), limit + 2)]
+            if len(first) == limit + 2:
+                return first[:-1]
+        size *= 4
+    lines = _lines(decode(path.read_bytes(), 0, where), where)
+    return lines if limit is None else islice(lines, limit + 1)
 
 
 def parse_numbers(rows: list[dict[str, Any]], columns: Collection[str]) -> list[dict[str, Any]]:

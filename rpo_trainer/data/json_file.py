@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NoReturn
 
 from rpo_trainer.errors import DataError
+from rpo_trainer.runtime.row_progress import RowProgress
 
 MAX_LINE_BYTES = 64 * 2**20
 GIVE_ROWS = "use a file with at least one row"
@@ -18,10 +19,17 @@ LISTED = "a .json file contains one list of rows"
 AGAIN = "write or copy the file again"
 
 
-def read_lines(file: BinaryIO, where: str) -> tuple[list[dict[str, Any]], list[int]]:
+def read_lines(
+    file: BinaryIO, where: str, limit: int | None = None, *, progress: RowProgress | None = None
+) -> tuple[list[dict[str, Any]], list[int]]:
     """Read the rows of a file with one object per line, and their line numbers.
 
-    Raises DataError.
+    Args:
+        limit: read the first rows only, at most this many; None: all.
+        progress: shows the number of rows read.
+
+    Raises:
+        DataError: the rows that are read are not valid, or there are none.
     """
     rows: list[dict[str, Any]] = []
     places: list[int] = []
@@ -42,6 +50,10 @@ def read_lines(file: BinaryIO, where: str) -> tuple[list[dict[str, Any]], list[i
         if text.strip():
             rows.append(_row(parse(text.rstrip("\r\n"), here, last=last), here))
             places.append(number)
+            if progress is not None:
+                progress.advance()
+            if len(rows) == limit:
+                break
     if not rows:
         what = "the file has only blank lines" if offset else "the file is empty"
         raise DataError(what, code="data.no-rows", where=where, fix=GIVE_ROWS)

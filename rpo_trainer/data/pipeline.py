@@ -16,7 +16,7 @@ from rpo_trainer.data.filters import drop_duplicates, filter_rows
 from rpo_trainer.data.mix import mix_sources
 from rpo_trainer.data.ratings import rating_targets
 from rpo_trainer.data.rows import Kind, Row, SpecialTokens, Truncation, raise_all
-from rpo_trainer.data.sources import RawSource, load_source
+from rpo_trainer.data.sources import FirstRows, RawSource, load_source
 from rpo_trainer.data.template_variables import check_kwargs
 from rpo_trainer.data.tokenize import TOKENIZED, released, tokenize_rows
 from rpo_trainer.errors import DataError, Problems
@@ -40,6 +40,7 @@ def load_rows(
     dedup: Dedup | None = None,
     keep: Collection[str] = (),
     unscored: bool = False,
+    first: FirstRows | None = None,
     audit: Audit,
     seed: int,
 ) -> list[Row]:
@@ -52,6 +53,7 @@ def load_rows(
         dedup: keep the first row of each prompt, compared exactly or normalized; None keeps all.
         keep: other columns to keep unchanged (for verifiers).
         unscored: accept sampled responses without rewards, which will be scored later.
+        first: read only the first rows of each source, and note whether there are more; None: all.
         seed: seed of the mixture, and of tasks without their own seed.
 
     Raises:
@@ -61,7 +63,7 @@ def load_rows(
     named: list[tuple[str, list[Row]]] = []
     for spec in sources:
         try:
-            raw = load_source(spec, base_dir, seed)
+            raw = _read(spec, base_dir, seed, first)
             raw.name = _unused(raw.name, [name for name, _ in named])
             audit.add_read(raw.name, len(raw.rows))
             _first_rows(raw, spec.max_rows, audit)
@@ -230,6 +232,17 @@ def _observe(rows: Sequence[Row], kind: Kind, audit: Audit) -> None:
         audit.observe_prompts(rows)
     if kind == "pair":
         audit.observe_pairs(rows)
+
+
+def _read(spec: SourceSpec, base_dir: Path | None, seed: int, first: FirstRows | None) -> RawSource:
+    if first is None:
+        # With `max_rows` too: the audit counts the rows that are left out.
+        return load_source(spec, base_dir, seed)
+    enough = spec.max_rows is not None and spec.max_rows <= first.count
+    raw = load_source(spec, base_dir, seed, spec.max_rows if enough else first.count)
+    raw.more = raw.more and not enough
+    first.more = first.more or raw.more
+    return raw
 
 
 def _first_rows(raw: RawSource, limit: int | None, audit: Audit) -> None:

@@ -1,6 +1,7 @@
 """Read raw rows: local files, saved `datasets`, the Hugging Face Hub, built-in tasks.
 
-A file is read completely, or refused with the location of the fault. Damaged files are never read in part.
+A file is read completely, or refused with the location of the fault. Damaged files are never read in part,
+except where only the first rows are asked for.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import gzip
 import json
 import os
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -26,6 +27,7 @@ from rpo_trainer.errors import DataError, first_line
 from rpo_trainer.runtime.file_errors import UNREADABLE
 from rpo_trainer.runtime.files import kind_of_file
 from rpo_trainer.runtime.hub_access import hub_answers, is_hub_name, no_answer_reason
+from rpo_trainer.runtime.row_progress import RowProgress
 
 if TYPE_CHECKING:
     from rpo_trainer.recipe.schema import SourceSpec
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", ".csv")
 GZIP_MAGIC = b"\x1f\x8b"
 PARQUET_MAGIC = b"PAR1"
+_READ_AT_ONCE = 2**16  # bytes of a column of a parquet file
 BY_NAME = "the suffix determines how a file is read"
 
 
@@ -43,6 +46,7 @@ class RawSource:
     Attributes:
         arrow: the rows are from an Arrow table, where all objects of a column have the same keys.
         untyped: all values are text (CSV).
+        more: only the first rows were read, and there are others.
     """
 
     name: str
@@ -51,30 +55,60 @@ class RawSource:
     where: str
     arrow: bool = False
     untyped: bool = False
+    more: bool = False
 
 
-def load_source(spec: SourceSpec, base_dir: Path | None, seed: int) -> RawSource:
-    """Read all rows of one source of a recipe.
+@dataclass
+class FirstRows:
+    """Limits reading to the first rows of each source.
+
+    Args:
+        count: rows of each source, at least 1.
+
+    Attributes:
+        more: a source has rows that were not read.
+    """
+
+    count: int
+    more: bool = field(init=False, default=False)
+
+
+def load_source(
+    spec: SourceSpec, base_dir: Path | None, seed: int, limit: int | None = None
+) -> RawSource:
+    """Read the rows of one source of a recipe.
 
     Args:
         spec: `path` (a file, a saved data set, or a hub name) or `task`.
         base_dir: base of relative paths (None: the working directory).
         seed: seed of the recipe or stage; the `seed` of a task takes precedence.
+        limit: read at most the first rows, without reading the rest of a file; faults after them are not
+            found. (A .json file is one value, and is read completely.) None: all rows.
 
     Raises:
         DataError: the source is missing, empty or damaged, or its content does not match its suffix.
     """
+    if limit is None:
+        return _load(spec, base_dir, seed, None)
+    raw = _load(spec, base_dir, seed, limit + 1)
+    more = len(raw.rows) > limit
+    return replace(raw, rows=raw.rows[:limit], places=raw.places[:limit], more=more)
+
+
+def _load(spec: SourceSpec, base_dir: Path | None, seed: int, limit: int | None) -> RawSource:
+    """Read at least the first rows up to `limit`; see `load_source`."""
     if spec.task is not None:
         return _load_task(spec, seed)
     assert spec.path is not None
     local = (base_dir or Path()) / Path(spec.path).expanduser()
     if os.path.isdir(local):  # unlike Path.is_dir, it accepts any text
-        return _indexed(local.name, _read_saved(local, spec.split), str(local), arrow=True)
+        rows = _read_saved(local, spec.split, limit)
+        return _indexed(local.name, rows, str(local), arrow=True)
     _require_file(local)
     if os.path.exists(local):
-        return _load_file(local, spec.split)
+        return _load_file(local, spec.split, limit)
     if may_be_hub_name(spec.path):
-        rows = _read_hub(spec.path, spec.split, local)
+        rows = _read_hub(spec.path, spec.split, local, limit)
         return _indexed(spec.path, rows, spec.path, arrow=True)
     raise DataError(
         f"no such file{_or_near(local)}",
@@ -145,7 +179,7 @@ def _load_task(spec: SourceSpec, seed: int) -> RawSource:
 # ---------------------------------------------------------------- local files
 
 
-def _load_file(path: Path, split: str | None) -> RawSource:
+def _load_file(path: Path, split: str | None, limit: int | None) -> RawSource:
     kind = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.name.endswith(s)), None)
     where = str(path)
     if kind is None:
@@ -166,13 +200,14 @@ def _load_file(path: Path, split: str | None) -> RawSource:
         with path.open("rb") as file:
             _check_magic(file, kind, where)
             if kind == ".parquet":
-                return _indexed(path.name, _read_parquet(path), where, arrow=True)
+                return _indexed(path.name, _read_parquet(path, limit), where, arrow=True)
             if kind == ".csv":
-                return replace(_indexed(path.name, read_csv(path), where), untyped=True)
+                return replace(_indexed(path.name, read_csv(path, limit), where), untyped=True)
             if kind == ".json":
                 return _indexed(path.name, read_json(file.read(), where), where)
             lines = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if kind == ".jsonl.gz" else file
-            rows, places = read_lines(lines, where)
+            with RowProgress(None, f"reading {path.name}") as progress:
+                rows, places = read_lines(lines, where, limit, progress=progress)
             return RawSource(path.name, rows, places, where)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         what = f"the gzip file is truncated or damaged ({error})"
@@ -207,12 +242,28 @@ def _check_magic(file: BinaryIO, kind: str, where: str) -> None:
     file.seek(0)
 
 
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
+def _batches(file: Any, limit: int) -> list[Any]:
+    """Return the first record batches of a parquet file that have at least `limit` rows in all."""
+    found: list[Any] = []
+    for batch in file.iter_batches(limit):  # a batch may end with its row group
+        found.append(batch)
+        if sum(map(len, found)) >= limit:
+            break
+    return found
+
+
+def _read_parquet(path: Path, limit: int | None) -> list[dict[str, Any]]:
     import pyarrow  # type: ignore[import-untyped, unused-ignore]
     import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
 
     try:
-        table = pyarrow.parquet.ParquetFile(path).read()
+        # For the first rows, neither read all row groups ahead, nor a row group at once.
+        settings = {} if limit is None else {"pre_buffer": False, "buffer_size": _READ_AT_ONCE}
+        with pyarrow.parquet.ParquetFile(path, **settings) as file:
+            if limit is None:
+                table = file.read()
+            else:
+                table = pyarrow.Table.from_batches(_batches(file, limit), file.schema_arrow)
     except (pyarrow.ArrowException, OSError) as error:
         what = f"the parquet file is damaged ({first_line(error)})"
         raise DataError(what, code="data.damaged-file", where=str(path), fix=AGAIN) from None
@@ -241,7 +292,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- `datasets`
 
 
-def _read_saved(path: Path, split: str | None) -> list[dict[str, Any]]:
+def _read_saved(path: Path, split: str | None, limit: int | None) -> list[dict[str, Any]]:
     if not any((path / name).exists() for name in ("state.json", "dataset_dict.json")):
         raise DataError(
             "this directory is not a data set saved with `save_to_disk`",
@@ -260,7 +311,7 @@ def _read_saved(path: Path, split: str | None) -> list[dict[str, Any]]:
         what = f"the saved data set is damaged ({first_line(error)})"
         fix = "save the data set again"
         raise DataError(what, code="data.damaged-file", where=str(path), fix=fix) from None
-    return _rows_of(data, split, str(path))
+    return _rows_of(data, split, str(path), limit)
 
 
 def _check_shards(folder: Path) -> None:
@@ -290,7 +341,7 @@ def _data_files(state: Path) -> list[dict[str, str]]:
     return found
 
 
-def _rows_of(data: Any, split: str | None, where: str) -> list[dict[str, Any]]:
+def _rows_of(data: Any, split: str | None, where: str, limit: int | None) -> list[dict[str, Any]]:
     if isinstance(data, dict):
         wanted = split or ("train" if "train" in data or len(data) != 1 else next(iter(data)))
         if wanted not in data:
@@ -308,6 +359,8 @@ def _rows_of(data: Any, split: str | None, where: str) -> list[dict[str, Any]]:
             where=where,
             fix="remove `split`",
         )
+    if limit is not None:
+        data = data.select(range(min(limit, len(data))))
     return list(data.to_list())
 
 
@@ -317,7 +370,7 @@ def may_be_hub_name(path: str) -> bool:
     return not named_file and is_hub_name(path)
 
 
-def _read_hub(name: str, split: str | None, local: Path) -> list[dict[str, Any]]:
+def _read_hub(name: str, split: str | None, local: Path, limit: int | None) -> list[dict[str, Any]]:
     import datasets
 
     # Without an answer, `load_dataset` retries for 25 s before it reads its cache.
@@ -339,7 +392,7 @@ def _read_hub(name: str, split: str | None, local: Path) -> list[dict[str, Any]]
             fix="check the path (relative to the recipe), the hub name and the network",
         ) from None
     # With `split`, `load_dataset` returns only that split.
-    return _rows_of(data, split if isinstance(data, dict) else None, name)
+    return _rows_of(data, split if isinstance(data, dict) else None, name, limit)
 
 
 def _is_prepared(name: str) -> bool:

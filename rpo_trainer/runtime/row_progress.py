@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -53,7 +54,7 @@ class RowProgress:
         total: number of rows; None: unknown.
         what: names the work, such as "tokenizing train data".
         unit: what is counted, in the plural.
-        show: False: show nothing; pass it on all ranks but the first.
+        show: False: show nothing. Processes that a launcher started show nothing unless their `RANK` is 0.
         bar: False: log lines in a terminal too.
         done: rows that an earlier process has finished.
     """
@@ -72,7 +73,7 @@ class RowProgress:
         self.what = what
         self.unit = unit
         self.done = done
-        self._show = show
+        self._show = show and os.environ.get("RANK", "0") == "0"
         self._bars = bar
         self._earlier = done
         self._began = self._drawn = self._logged = time.monotonic()

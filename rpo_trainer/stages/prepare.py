@@ -21,6 +21,7 @@ from rpo_trainer.data.audit_json import audit_from_json, audit_to_json
 from rpo_trainer.data.encode import PromptEncoder
 from rpo_trainer.data.resumable_rows import content_key
 from rpo_trainer.data.rows import Row, RowError
+from rpo_trainer.data.sources import FirstRows
 from rpo_trainer.data.tokenize import released
 from rpo_trainer.data.tokenized_shards import require_tokenized
 from rpo_trainer.data.tokenizer_digest import tokenizer_digest
@@ -52,6 +53,7 @@ class StagePreparer(StageRows):
 
     Args:
         run_dir: the run directory, which keeps prepared data; None: keep them for this process only.
+        first: read only the first rows of each source, and keep nothing; None: read all.
 
     Attributes:
         stages: all stages, in order; repeated ones expanded.
@@ -59,8 +61,10 @@ class StagePreparer(StageRows):
             to be sampled, an upper bound.
     """
 
-    def __init__(self, loaded: LoadedRecipe, run_dir: Path | None = None) -> None:
-        super().__init__(loaded, None if run_dir is None else run_dir / DATA_FOLDER)
+    def __init__(
+        self, loaded: LoadedRecipe, run_dir: Path | None = None, *, first: FirstRows | None = None
+    ) -> None:
+        super().__init__(loaded, None if run_dir is None else run_dir / DATA_FOLDER, first=first)
         self.steps: dict[str, int] = {}
         self._evaluated: dict[str, tuple[list[Mapping[str, Any]], Audit]] = {}
 

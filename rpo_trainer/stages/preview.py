@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rich.text import Text
@@ -10,6 +11,7 @@ from rich.text import Text
 from rpo_trainer.data import Audit
 from rpo_trainer.data.counts import DROPS
 from rpo_trainer.data.rows import row_texts
+from rpo_trainer.data.sources import FirstRows
 from rpo_trainer.data.token_view import (
     LOST,
     PROMPT,
@@ -18,7 +20,7 @@ from rpo_trainer.data.token_view import (
     visible,
     warnings_of,
 )
-from rpo_trainer.errors import DataError, RecipeError
+from rpo_trainer.errors import DataError, Problems, RecipeError
 from rpo_trainer.recipe import LoadedRecipe, Stage
 from rpo_trainer.recipe.template_kwargs import COLUMN, kwargs_key
 from rpo_trainer.stages.error_places import errors_located_in
@@ -28,24 +30,34 @@ from rpo_trainer.stages.prepare import StagePreparer
 Row = dict[str, Any]
 
 _LONG = 2**30  # tokens: longer than any text
+_FIRST = 100  # rows of each source
 
 
 def preview(
-    loaded: LoadedRecipe, count: int, *, stage: str | None = None, colors: bool = True
+    loaded: LoadedRecipe,
+    count: int,
+    *,
+    stage: str | None = None,
+    colors: bool = True,
+    every_row: bool = False,
 ) -> Iterator[Text]:
     """Show evenly spaced examples of each stage, and the longest one.
+
+    They are selected from the first 100 rows of each source, or the first `count` if that is more: the rest
+    of a file is not read, and faults in it are not found.
 
     Args:
         count: examples per stage, in addition to the longest.
         stage: name of the only stage to show; None: all. Data shared with an earlier stage is shown once.
         colors: False: mark tokens in the text instead: `[trained]`, `⟨beyond max_length⟩`.
+        every_row: read all rows, and select from them.
 
     Raises:
         RecipeError: no such stage.
-        DataError, ModelError, Problems: the data or the tokenizer cannot be read.
+        DataError, ModelError, Problems: the rows that are read, or the tokenizer, cannot be read.
     """
     with errors_located_in(loaded.origins):
-        shown = _Preview(loaded, colors)
+        shown = _Preview(loaded, colors, None if every_row else max(_FIRST, count))
     names = [each.name for each in shown.preparer.stages]
     if stage is not None and stage not in names:
         raise RecipeError(
@@ -63,7 +75,8 @@ def preview(
 
 
 class _Preview:
-    def __init__(self, loaded: LoadedRecipe, colors: bool) -> None:
+    def __init__(self, loaded: LoadedRecipe, colors: bool, first: int | None) -> None:
+        self.first = first  # rows of each source that are read; None: all
         self.preparer = StagePreparer(loaded)
         self.view = TokenView(self.preparer.tokenizer, colors)
         self._seen: dict[str, str] = {}
@@ -78,18 +91,30 @@ class _Preview:
         if stage.data.responses_from is not None:
             yield Text(f"uses the responses of stage {stage.data.responses_from}")
             return
+        rows, named = self._rows(stage)
         if needs_policy(stage.data):
-            rows = self.preparer.prepare(stage).prompts
-        else:
-            rows, _ = self.preparer.rows(stage, Audit())
-        if needs_policy(stage.data):
-            yield Text(f"{len(rows):,} prompts; responses are sampled when the stage runs")
+            yield Text(f"{named.format('prompts')}; responses are sampled when the stage runs")
             for row, note in _spread(rows, count):
                 yield from self._prompt(row, note)
         else:
-            yield Text(f"{len(rows):,} rows, max_length {stage.max_length:,} ({stage.truncation})")
+            limit = f"max_length {stage.max_length:,} ({stage.truncation})"
+            yield Text(f"{named.format('rows')}, {limit}")
             for row, note in _spread(rows, count):
                 yield from self._example(stage, row, note)
+
+    def _rows(self, stage: Stage) -> tuple[list[Row], str]:
+        """Return the rows to select from, and what they are, with a place for "rows" or "prompts"."""
+        if self.first is not None:
+            first = FirstRows(self.first)
+            few = StagePreparer(self.preparer.loaded, first=first)
+            # A setting may need more rows than the first, such as a replay: then all are read.
+            with suppress(DataError, Problems):
+                rows = few.rows_to_show(stage)
+                if first.more:
+                    return rows, f"{{}} from the first {first.count:,} of each source"
+                return rows, f"{len(rows):,} {{}}"
+        rows = self.preparer.rows_to_show(stage)
+        return rows, f"{len(rows):,} {{}}"
 
     def _prompt(self, row: Row, note: str) -> Iterator[Text]:
         (ids,) = self.preparer.prompt_ids([row])

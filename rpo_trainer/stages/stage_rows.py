@@ -17,6 +17,7 @@ from rpo_trainer.data.audit_json import audit_from_json, audit_to_json
 from rpo_trainer.data.duplicates import prompt_key
 from rpo_trainer.data.resumable_rows import content_key
 from rpo_trainer.data.rows import Kind, Row
+from rpo_trainer.data.sources import FirstRows
 from rpo_trainer.data.store import DataStore, StoredRows, write_stored_rows
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import (
@@ -62,12 +63,16 @@ class StageRows:
 
     Args:
         folder: the directory of prepared data (`DataStore`); None: a temporary one.
+        first: read only the first rows of each source, and keep nothing; None: read all.
 
     Attributes:
         stages: all stages, in order; repeated ones expanded.
     """
 
-    def __init__(self, loaded: LoadedRecipe, folder: Path | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedRecipe, folder: Path | None = None, *, first: FirstRows | None = None
+    ) -> None:
+        self.first = first
         self.loaded = loaded
         self.recipe = loaded.recipe
         self.stages = expand_stages(loaded.recipe)
@@ -145,7 +150,7 @@ class StageRows:
         self, stage: Stage, audit: Audit, scored: list[Row] | None = None
     ) -> tuple[Sequence[Row], list[Row] | None]:
         """Return the same as `rows`; those of a stage that is replayed are read once for both stages."""
-        if stage.name not in self.replayed:
+        if stage.name not in self.replayed or self.first is not None:
             return self.rows(stage, audit, scored)
         key = content_key("replayed", stage_settings(stage), self.seed(stage),
                           self.sources_of(stage))  # fmt: skip
@@ -166,6 +171,15 @@ class StageRows:
         held_out = entry / _HELD_OUT
         held = list(StoredRows(held_out)) if held_out.exists() else None
         return StoredRows(entry / _ROWS), held
+
+    def rows_to_show(self, stage: Stage) -> list[Row]:
+        """Return the training rows of a stage, or the prompts if their responses are still to be sampled."""
+        audit = Audit()
+        if not needs_policy(stage.data):
+            return list(self.training_rows(stage, audit)[0])
+        prompts = self.prompts(stage, audit)
+        held_out = held_out_prompts(stage, prompts, seed=self.seed(stage))
+        return set_aside(prompts, held_out, audit)[0]
 
     def _pairs(self, stage: Stage, audit: Audit) -> list[Row]:
         """Return rows with given responses; if `score` is set, its rewards replace those in the file."""
@@ -249,6 +263,8 @@ class StageRows:
     ) -> list[Row]:
         """Call `load_rows`, or read its rows from the store."""
         seed = self.recipe.seed if seed is None else seed
+        if self.first is not None:
+            return self._load(sources, kind, audit, seed=seed, keep=keep, **more)
         key = content_key("rows", self.digests.of(sources), kind, seed, sorted(keep), more)
 
         def build(folder: Path) -> None:
@@ -272,8 +288,9 @@ class StageRows:
     ) -> list[Row]:
         """Call `load_rows` with the recipe's directory."""
         return load_rows(
-            sources, kind=kind, base_dir=self.loaded.base_dir, audit=audit, seed=seed, **more
-        )
+            sources, kind=kind, base_dir=self.loaded.base_dir, audit=audit, seed=seed,
+            first=self.first, **more,
+        )  # fmt: skip
 
 
 def _keep(folder: Path, rows: Sequence[Row], audit: Audit) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from rich.text import Text
 
 from rpo_trainer.cli.commands import main
+from rpo_trainer.data import json_file
 from rpo_trainer.data.token_view import LOST, PROMPT, TRAINED, pieces_of, visible
-from rpo_trainer.errors import RecipeError
+from rpo_trainer.errors import DataError, RecipeError
 from rpo_trainer.recipe import load_recipe
 from rpo_trainer.stages.preview import preview
 from tests.chain import tiny
@@ -113,6 +115,87 @@ def test_the_longest_row_is_always_there(tmp_path: Path) -> None:
     text = plain(shown(recipe(tmp_path, {"kind": "sft"}, rows), 2))
     assert [f"row {n}" in text for n in range(10)] == [n in (0, 5, 7) for n in range(10)]
     assert "row 7 (the longest)" in text
+
+
+def many(folder: Path, rows: int, text: str = "b") -> Path:
+    made = [{"prompt": f"{n}", "response": text, "id": f"r{n}"} for n in range(rows)]
+    made[-1]["response"] = 2 * text
+    return recipe(folder, {"kind": "sft", "max_length": 10_000}, made)
+
+
+def test_only_the_first_rows_of_a_large_file_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = many(tmp_path, 50_000)
+    parsed = []
+    parse = json_file.parse
+    monkeypatch.setattr(json_file, "parse", lambda *a, **k: parsed.append(1) or parse(*a, **k))
+    text = plain(shown(path, 2))
+    assert len(parsed) <= 101  # 0.2 % of the rows
+    assert "rows from the first 100 of each source, max_length" in text
+    assert "50,000" not in text and "the longest" in text
+    assert [row for row in ("r0", "r50", "r49999") if f"row {row}" in text] == ["r0", "r50"]
+    parsed.clear()
+    text = plain(shown(path, 2, every_row=True))
+    assert "50,000 rows, max_length" in text and "row r49999 (the longest)" in text
+    assert len(parsed) == 50_000
+
+
+def test_a_preview_needs_little_memory(tmp_path: Path) -> None:
+    path = many(tmp_path, 20_000, "b" * 1_000)
+    size = (tmp_path / "rows.jsonl").stat().st_size
+    plain(shown(path, 2))  # imports
+    tracemalloc.start()
+    plain(shown(path, 2))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < size / 4
+
+
+def test_more_examples_than_the_first_rows_read_as_many(tmp_path: Path) -> None:
+    path = many(tmp_path, 200)
+    text = plain(shown(path, 150))
+    assert sum(f"row r{n}:" in text for n in range(200)) == 150
+    assert "rows from the first 150 of each source" in text
+    assert "200 rows, max_length" in plain(shown(path, 200))
+
+
+def test_every_source_is_among_the_first_rows(tmp_path: Path) -> None:
+    many(tmp_path, 300)
+    other = [{"prompt": f"{n}", "response": "c", "id": f"s{n}"} for n in range(300)]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    made = tiny.tiny_recipe()
+    train = [{"path": "rows.jsonl"}, {"path": "other.jsonl"}]
+    made["stages"] = [{"name": "one", "kind": "sft", "data": {"train": train}}]
+    text = plain(shown(tiny.write_recipe(tmp_path, made), 2))
+    assert "row r0" in text and "row s0" in text
+
+
+def test_a_setting_that_needs_more_rows_reads_all(tmp_path: Path) -> None:
+    """The replay is larger than the first rows of the earlier stage."""
+    many(tmp_path, 400)
+    made = tiny.tiny_recipe()
+    replay = {"stage": "one", "fraction": 0.7}
+    data = {"train": [{"path": "rows.jsonl", "max_rows": 120}], "replay": replay}
+    made["stages"] = [
+        {"name": "one", "kind": "sft", "data": {"train": [{"path": "rows.jsonl"}]}},
+        {"name": "two", "kind": "sft", "data": data},
+    ]
+    text = plain(shown(tiny.write_recipe(tmp_path, made), 1, stage="two"))
+    assert "400 rows, max_length" in text
+
+
+def test_a_fault_in_the_first_rows_is_an_error_and_in_others_it_is_not_read(tmp_path: Path) -> None:
+    path = many(tmp_path, 300)
+    rows = tmp_path / "rows.jsonl"
+    lines = rows.read_text().splitlines(keepends=True)
+    rows.write_text("".join([*lines[:200], "no json\n", *lines[201:]]))
+    assert "row r0" in plain(shown(path, 1))
+    with raises("data.invalid-json", DataError):
+        shown(path, 1, every_row=True)
+    rows.write_text("".join([*lines[:20], "no json\n", *lines[21:]]))
+    with raises("data.invalid-json", DataError):
+        shown(path, 1)
 
 
 def test_of_a_long_text_both_ends_are_shown(tmp_path: Path) -> None:
