@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 from pydantic import BaseModel, ValidationError
-from transformers import TrainingArguments
 
 from rpo_trainer.cli.commands import main
 from rpo_trainer.recipe import PeftSpec, load_recipe, schema, yaml_document
 from rpo_trainer.recipe.schema import Spec
+from rpo_trainer.trainers.base_config import BaseConfig
 from tests.chain.tiny import records
 from tests.documents import TOLD, blocks, code, name_of, page, spans
 from tests.documents_data import rows, save_base_model, write
@@ -125,7 +125,7 @@ def names_of(spec: type[BaseModel]) -> set[str]:
 
 # For parts that accept the fields of another library.
 NAMES = {
-    "training_args": {field.name for field in dataclasses.fields(TrainingArguments)},
+    "training_args": {field.name for field in dataclasses.fields(BaseConfig)},
     "peft": {field.name for field in dataclasses.fields(LoraConfig)} | set(PeftSpec.model_fields),
 }
 PIECES = sorted({(name_of(path), piece) for path in TOLD for piece in pieces(path)})

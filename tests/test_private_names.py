@@ -291,6 +291,17 @@ def indices() -> None:
     assert dataset.select([1, 2]).data.table.num_rows in (2, 3)  # a range may be a slice
 
 
+def fingerprint() -> None:
+    """It follows the content and how the data set was made."""
+    from datasets import Dataset
+
+    dataset = Dataset.from_dict({"a": [1, 2, 3]})
+    others = [dataset.select([0, 1]), dataset.map(lambda row: {"a": row["a"] + 1}),
+              Dataset.from_dict({"a": [1, 2, 4]})]  # fmt: skip
+    assert len({dataset._fingerprint, *(other._fingerprint for other in others)}) == 4
+    assert Dataset.from_dict({"a": [1, 2, 3]})._fingerprint == dataset._fingerprint
+
+
 def exists(path: str, kind: Any = None) -> Callable[[], None]:
     def check() -> None:
         thing = found(path)
@@ -374,6 +385,7 @@ USES = [
     Use("torch.utils", "_triton", "step/attention_flex.py step/logprobs.py",
         has_triton),
     Use("datasets.Dataset", "_data_files", "data/sources.py", data_files),
+    Use("datasets.Dataset", "_fingerprint", "trainers/stored_examples.py", fingerprint),
     Use("datasets.Dataset", "_indices", "data/arrow_rows.py", indices),
     Use("deepspeed", "_global_grad_norm", "trainers/engine.py", zero_norms),
     Use("deepspeed", "_hp_mapping", "models/sharding.py", zero_weights),

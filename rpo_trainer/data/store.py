@@ -27,7 +27,7 @@ from typing import Any, overload
 from filelock import FileLock, Timeout
 
 from rpo_trainer.data.rows import Row
-from rpo_trainer.runtime.files import atomic_write
+from rpo_trainer.runtime.files import atomic_write, make_folder, remove_empty
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,7 @@ class DataStore:
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self._own: Path | None = None
+        self._new: list[Path] = []  # directories created for the first entry, the innermost first
 
     def find(self, key: str) -> Path | None:
         """Return the directory of a complete entry; None if there is none."""
@@ -74,12 +75,20 @@ class DataStore:
         if (found := self.find(key)) is not None:
             return found
         folder = self._writable()
-        with _locked(folder / f".{key}.lock", what):
+        lock = folder / f".{key}.lock"
+        with _locked(lock, what):
             if (found := self.find(key)) is not None:  # another process has built it
                 return found
             partial, entry = folder / f".{key}.partial", folder / key
             partial.mkdir(exist_ok=True)
-            build(partial)
+            try:
+                build(partial)
+            except Exception:
+                with suppress(OSError):  # something was written, which the next build uses
+                    partial.rmdir()
+                    lock.unlink(missing_ok=True)
+                    remove_empty(self._new)
+                raise
             sizes = {
                 path.relative_to(partial).as_posix(): path.stat().st_size
                 for path in sorted(partial.rglob("*"))
@@ -123,7 +132,7 @@ class DataStore:
         """Return the directory for new entries."""
         if self._own is None and self.folder is not None:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
+                self._new = make_folder(self.folder) or self._new
                 if os.access(self.folder, os.W_OK | os.X_OK):
                     return self.folder
                 reason: object = "permission denied"

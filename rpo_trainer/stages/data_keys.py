@@ -88,7 +88,7 @@ class SourceDigests:
         return content_key([[str(file.relative_to(path)), self._of_file(file)] for file in files])
 
     def _of_file(self, path: Path) -> str:
-        name = str(path.resolve())
+        name = content_key(str(path.resolve()))
         try:
             found = known_digest(path, self._known.get(name))
         except OSError as error:

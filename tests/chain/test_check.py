@@ -1,4 +1,4 @@
-"""`check`: all findings that need no model, reported together; nothing is written."""
+"""`check`: all findings that need no model, reported together; only prepared data are written."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_good_recipe_shows_examples_and_steps(
     assert [line for line in lines if not line.startswith(" ")] == [
         "code (sft)", "general (sft)", "dpo (dpo)", "rpo-1 (rpo)", "rpo-2 (rpo)",
     ]  # fmt: skip
-    assert [p.name for p in tmp_path.iterdir()] == ["recipe.yaml"]
+    assert tiny.written(tmp_path) == {"recipe.yaml"}
 
 
 def test_only_some_stages(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     (line,) = re.findall(r"yaml:(\d+) \(stages\.code\.data\): \S+/absent\.jsonl: ", text)
     above = (tmp_path / "recipe.yaml").read_text().splitlines()[: int(line)]
     assert above[-1].endswith("data:") and "absent" not in "".join(above)
-    assert not (tmp_path / "run").exists()
+    assert not tiny.written(tmp_path / "run")
 
 
 def test_exit_codes(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_a_model_with(case: str, place_of: str, tmp_path: Path) -> None:
     assert type(problem) is ModelError and problem.code == code and problem.fix
     assert str(problem).startswith(f"{place(tmp_path, line)} {where}")
     assert named in problem.what
-    assert {path.name for path in tmp_path.iterdir()} == {"mine", "recipe.yaml"}
+    assert {name.split("/")[0] for name in tiny.written(tmp_path)} == {"mine", "recipe.yaml"}
     assert not (tmp_path / "mine" / "ran").exists()
 
 

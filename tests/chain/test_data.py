@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from rpo_trainer.chain.input_files import Digests, Input
-from rpo_trainer.data import Audit, resumable_rows
+from rpo_trainer.data import Audit
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError
 from rpo_trainer.models.loading import load_weights
 from rpo_trainer.recipe import Recipe, SourceSpec, Stage, expand_stages
+from rpo_trainer.runtime import row_progress
 from rpo_trainer.stages.inputs import (
     HeldOut,
     at_most,
@@ -206,7 +207,7 @@ def test_rounds_sample_again_or_never(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(resumable_rows, "_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(row_progress, "LINE_SECONDS", 0.0)
     caplog.set_level("INFO", "rpo_trainer")
 
     def policy(stage: Stage, source: str) -> Any:

@@ -47,7 +47,7 @@ def rows_of(tmp_path: Path, kind: str, *extra: str, rows: list[dict[str, Any]] |
         RECIPE.format(kind=kind, extra="".join(f"      {line}\n" for line in extra))
     )
     preparer = StagePreparer(load_recipe(tmp_path / "r.yaml"))
-    made = preparer.rows(preparer.stages[0], Audit())
+    made, _ = preparer.rows(preparer.stages[0], Audit())
     return [(row["responses"], row["rewards"]) for row in made]
 
 

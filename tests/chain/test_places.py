@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -73,13 +74,18 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_fault_that_only_the_run_can_find(tmp_path: Path) -> None:
-    """The rows are deleted between two stages: the place is still reported."""
+    """The rows are deleted between two stages, with what was prepared: the place is still reported."""
     recipe = tiny.tiny_recipe()
     recipe["stages"] = recipe["stages"][:2]
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"prompt": "p", "response": "r"}) + "\n")
     tiny.stage_of(recipe, "general")["data"] = {"train": [{"path": "rows.jsonl"}]}
-    with at("begin:general", rows.unlink), raises("data.no-such-file", DataError) as error:
+
+    def delete() -> None:
+        rows.unlink()
+        shutil.rmtree(tmp_path / "run" / ".data")
+
+    with at("begin:general", delete), raises("data.no-such-file", DataError) as error:
         tiny.run(tmp_path, recipe)
     assert "recipe.yaml:" in str(error.value) and "(stages.general.data): " in str(error.value)
     assert "rows.jsonl: " in str(error.value)

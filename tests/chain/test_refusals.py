@@ -116,8 +116,9 @@ def test_examples_that_became_others_are_refused(
 ) -> None:
     recipe = rpo_from_file(tmp_path)
     run_until("step:rpo:1", lambda: tiny.run(tmp_path, recipe))
-    read = StagePreparer._split_rows
-    monkeypatch.setattr(StagePreparer, "_split_rows", lambda *a, **k: (read(*a, **k)[0][1:], None))
+    shutil.rmtree(tmp_path / "run" / ".data")
+    read = StagePreparer.rows
+    monkeypatch.setattr(StagePreparer, "rows", lambda *a, **k: (read(*a, **k)[0][1:], None))
     with raises("run.data-changed", RunError) as error:
         tiny.run(tmp_path, recipe)
     assert "--allow-changed stages.rpo.data" in str(error.value.fix)

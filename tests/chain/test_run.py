@@ -201,7 +201,7 @@ def test_the_run_directory_holds_what_it_should(finished: Path) -> None:
 def test_no_file_names_a_place(finished: Path) -> None:
     suspects = [str(finished), str(finished.parent), str(Path.cwd()), str(Path.home()), "/tmp/"]
     for path in finished.rglob("*"):
-        if not path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        if not path.is_file() or path.suffix in (".safetensors", ".pt", ".pth", ".bin", ".arrow"):
             continue
         if path.name == "adapter_config.json":
             continue  # PEFT only finds the base by its absolute path

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainingArguments
 
 from rpo_trainer.chain.changes import SAFE_ARGUMENTS, SAFE_FIELDS, differences
 from rpo_trainer.chain.run_dir import check_writable, locked, open_run_dir
 from rpo_trainer.chain.state import ChainState, forget_metrics
 from rpo_trainer.errors import RecipeError, RunError
 from rpo_trainer.recipe.schema import STAGE_KINDS, ModelSpec, Recipe
+from rpo_trainer.trainers.base_config import BaseConfig
 from tests.raising import raises
 
 # Every field of a stage is on one of two lists; a new field must be added to one of them.
@@ -66,7 +66,7 @@ def test_no_field_of_the_model_may_change(field: str, tmp_path: Path) -> None:
 
 
 def test_training_arguments_of_logging_and_the_hub_may_change(tmp_path: Path) -> None:
-    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    known = {field.name for field in dataclasses.fields(BaseConfig)}
     assert known >= SAFE_ARGUMENTS
     begun(tmp_path, training_args={"adam_epsilon": 1e-8, "run_name": "a"})
     new = {"adam_epsilon": 1e-8, "logging_first_step": True, "push_to_hub": True}

@@ -11,6 +11,7 @@ from typing import Any
 from rpo_trainer.chain import run_chain
 from rpo_trainer.recipe import LoadedRecipe, load_recipe
 from rpo_trainer.recipe.yaml_document import dump
+from rpo_trainer.stages.prepare import DATA_FOLDER
 from rpo_trainer.trainers.checkpoint import MANIFEST
 
 Recipe = dict[str, Any]
@@ -20,6 +21,12 @@ _SAMPLED = {
     "generate": {"responses": 3, "max_new_tokens": 5, "batch_size": 48},
     "score": {"verifier": "partial_match"},
 }
+
+
+def written(folder: Path) -> set[str]:
+    """The files below a directory, by their relative paths, without prepared data."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in files if DATA_FOLDER not in path.parts}
 
 
 def task(name: str, split: str, size: int, **more: Any) -> dict[str, Any]:

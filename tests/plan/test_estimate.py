@@ -80,7 +80,7 @@ def test_the_command_shows_it_and_writes_nothing(recipe: Path) -> None:
         ],
     )
     assert done.exit_code == 0, done.output
-    assert not run_dir.exists()
+    assert not tiny.written(run_dir)
     for text in (*tiny.STAGES, "gathered", "ref pass", "4 devices, zero3", "≤"):
         assert text in done.output
     assert "accelerate launch --config_file recipes/accelerate/zero3.yaml" in done.output

@@ -11,6 +11,7 @@ import pytest
 
 from rpo_trainer.cli.commands import main
 from rpo_trainer.recipe import DPOStage, load_recipe
+from tests.chain import tiny
 
 Capture = pytest.CaptureFixture[str]
 
@@ -41,12 +42,12 @@ class Tried:
         return self.refused_as_it_is(*overrides, command=command, code=code)
 
     def refused_as_it_is(self, *overrides: str, command: str = "run", code: int = 2) -> str:
-        before = sorted(self.folder.rglob("*"))
+        before = tiny.written(self.folder)
         with pytest.raises(SystemExit) as end:
             main([command, str(self.path), *overrides, "--run-dir", str(self.folder / "run")])
         shown = self.capture.readouterr().err
         assert end.value.code == code, shown
-        assert sorted(self.folder.rglob("*")) == before
+        assert tiny.written(self.folder) - {"run/.lock"} == before
         assert "Traceback" not in shown
         errors = shown.removeprefix("error: ").replace(f"{self.folder}/", "")
         *problems, _ = re.split(r"\n(?! )", errors.rstrip("\n"))

@@ -11,6 +11,7 @@ import pytest
 from rpo_trainer.cli.commands import main
 from rpo_trainer.data import Audit, prepare_dataset
 from rpo_trainer.data.quickstart import character_tokenizer
+from rpo_trainer.stages.inputs import ScoredData
 from rpo_trainer.stages.prepare import StagePreparer
 from tests.chain import tiny
 from tests.rewards.policies import llama
@@ -89,7 +90,7 @@ def test_stages_keep_it(generated: Path, tmp_path: Path, kind: str) -> None:
     preparer = StagePreparer(tiny.load(tmp_path, recipe))
     stage = next(stage for stage in preparer.stages if stage.kind == kind)
     rows = [{**row, "source": "s"} for row in read(generated)]
-    found = trained(preparer.prepare(stage, scored_rows=rows).train)
+    found = trained(preparer.prepare(stage, ScoredData(rows, "digest", Audit())).train)
     known = ended(generated)
     assert found and found == {key: known[key] or kind == "reward" for key in found}
 

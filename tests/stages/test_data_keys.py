@@ -23,7 +23,7 @@ OTHERS = {
     "max_grad_norm", "optim", "gradient_checkpointing", "logging_steps", "save_steps", "save_total_limit",
     "save_dtype", "eval_steps", "report_to", "router_aux_loss_coef", "on_nonfinite", "max_skipped_steps",
     "peft", "training_args", "beta", "loss_type", "sft_loss_weight", "sft_reduction", "average_logps",
-    "step0_check", "disable_dropout", "label_smoothing", "reward_weights", "async_save",
+    "step0_check", "disable_dropout", "label_smoothing", "reward_weights",
 }  # fmt: skip
 
 

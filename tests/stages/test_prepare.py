@@ -53,10 +53,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counts:
     def count(module: Any, name: str) -> None:
         own = getattr(module, name)
 
-        def spy(first: Any, *args: Any, **kwargs: Any) -> Any:
-            source = first[0].path if name == "load_rows" else first[0]["source"]
+        def spy(given: Any, *args: Any, **kwargs: Any) -> Any:
+            if name == "tokenize_rows":
+                given = list(given)
+            source = given[0].path if name == "load_rows" else given[0]["source"]
             counts[name][source] += 1
-            return own(first, *args, **kwargs)
+            return own(given, *args, **kwargs)
 
         monkeypatch.setattr(module, name, spy)
 

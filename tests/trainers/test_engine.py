@@ -33,7 +33,10 @@ def arguments(**more: Any) -> Any:
         "deepspeed": None, "fsdp": None, "bf16": False, "fp16": False, "mixed_precision": "no",
         "max_grad_norm": 1.0, "gradient_accumulation_steps": 4,
     }  # fmt: skip
-    return SimpleNamespace(**{**given, **more})
+    given |= more
+    return SimpleNamespace(
+        **{"accumulation_by_number": given["gradient_accumulation_steps"], **given}
+    )
 
 
 NONE = accelerator(DistributedType.NO, 1)
