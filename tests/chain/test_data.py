@@ -208,6 +208,7 @@ def test_rounds_sample_again_or_never(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(row_progress, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(row_progress, "_REDRAWN", 0.0)
     caplog.set_level("INFO", "rpo_trainer")
 
     def policy(stage: Stage, source: str) -> Any:
