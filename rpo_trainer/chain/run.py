@@ -369,9 +369,11 @@ class _Chain:
         label = self.preparer.label(stage)
         logger.info("%s preparing data", label)
         scored = self.scored_rows.rows(stage)
-        key = distributed.on_main(
-            lambda: self.preparer.build(stage, scored), timeout=distributed.LONG_TIMEOUT
+        key, digests = distributed.on_main(
+            lambda: (self.preparer.build(stage, scored), self.preparer.digests.found),
+            timeout=distributed.LONG_TIMEOUT,
         )
+        self.preparer.digests.found |= digests
         with distributed.raise_on_all_ranks():
             inputs = self.preparer.open(stage, key, scored)
         audit, held_out, train = inputs.audit, inputs.held_out, inputs.train

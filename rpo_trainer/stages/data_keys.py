@@ -54,13 +54,16 @@ class SourceDigests:
     Args:
         base_dir: the recipe's directory.
         index: a JSON file; None: keep nothing.
+
+    Attributes:
+        found: digests by the name of the source in the recipe; those of the main process hold for all.
     """
 
     def __init__(self, base_dir: Path, index: Path | None) -> None:
         self.base_dir = base_dir
         self.index = index
         self._known: dict[str, dict[str, Any]] = {}
-        self._found: dict[str, str] = {}  # by the name in the recipe
+        self.found: dict[str, str] = {}
         if index is not None:
             with suppress(OSError, ValueError):
                 self._known = dict(json.loads(index.read_text(encoding="utf-8")))
@@ -75,11 +78,11 @@ class SourceDigests:
     def _content(self, source: SourceSpec) -> str:
         if source.path is None:
             return "generated"
-        if source.path not in self._found:
+        if source.path not in self.found:
             path = resolve_path(self.base_dir, source.path)
             local = is_local(source.path, path)
-            self._found[source.path] = self._of_path(path) if local else _of_hub(source.path)
-        return self._found[source.path]
+            self.found[source.path] = self._of_path(path) if local else _of_hub(source.path)
+        return self.found[source.path]
 
     def _of_path(self, path: Path) -> str:
         if path.is_file():

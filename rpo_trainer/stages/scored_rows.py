@@ -75,9 +75,13 @@ class ScoredRows:
             return None
         audit, sampled = Audit(), data.generate is not None
         read = self.preparer.prompts if sampled else self.preparer.given_rows
-        self.ranks.on_main(
-            lambda: read(stage, Audit()) and None
-        )  # the others then find them in the store
+
+        def read_first() -> dict[str, str]:
+            read(stage, Audit())
+            return self.preparer.digests.found
+
+        # The others then find the rows in the store, by the same digests.
+        self.preparer.digests.found |= self.ranks.on_main(read_first)
         with self.ranks.raise_on_all_ranks():
             rows = read(stage, audit)
             scorer = self.scorer(data.score)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -138,3 +139,44 @@ def test_rows_set_aside_are_neither_trained_planned_nor_shown(tmp_path: Path) ->
     assert any(line.strip().startswith("15 examples") for line in lines)
     assert any(line.startswith("15 rows") for line in shown)
     assert not any(f"row {row['id']}:" in "\n".join(shown) for row in held)
+
+
+def test_a_host_that_does_not_see_the_entry_prepares_it_itself(
+    counted: Counts, tmp_path: Path
+) -> None:
+    recipe = given_pairs(tmp_path, "one")
+    first, other = (
+        StagePreparer(tiny.load(tmp_path, recipe), tmp_path / name) for name in ("run", "elsewhere")
+    )
+    key = first.build(first.stages[0])
+    here, there = first.open(first.stages[0], key), other.open(other.stages[0], key)
+    assert here.train is not None and there.train is not None and here.train is not there.train
+    assert here.fingerprint == there.fingerprint and here.audit.as_dict() == there.audit.as_dict()
+    assert counted["load_rows"]["one.jsonl"] == 2
+    again = other.open(other.stages[0], key)
+    assert again.fingerprint == here.fingerprint and counted["load_rows"]["one.jsonl"] == 2
+
+
+def test_a_damaged_file_is_prepared_again_with_the_same_result(tmp_path: Path) -> None:
+    recipe = given_pairs(tmp_path, "one")
+    run_dir = tmp_path / "run"
+    expected = StagePreparer(tiny.load(tmp_path, recipe), run_dir)
+    fingerprint = expected.prepare(expected.stages[0]).fingerprint
+    (shard,) = (run_dir / ".data").glob("*/train/*.arrow")
+    os.truncate(shard, shard.stat().st_size // 2)
+    again = StagePreparer(tiny.load(tmp_path, recipe), run_dir)
+    assert again.prepare(again.stages[0]).fingerprint == fingerprint
+
+
+def test_a_run_removes_what_it_no_longer_uses(tmp_path: Path) -> None:
+    recipe = given_pairs(tmp_path, "one")
+    run_dir = tiny.run(tmp_path, recipe)
+    before = {path.name for path in (run_dir / ".data").glob("*/train")}
+    old = {path for path in (run_dir / ".data").iterdir() if path.is_dir()}
+    for path in old:
+        os.utime(path, (1, 1))
+    recipe["stages"][0]["max_length"] = 50
+    run_chain(tiny.load(tmp_path, recipe), run_dir, overwrite=True)
+    left = {path for path in (run_dir / ".data").iterdir() if path.is_dir()}
+    assert before and len([path for path in left if (path / "train").is_dir()]) == 1
+    assert not [path for path in old & left if (path / "train").is_dir()]
