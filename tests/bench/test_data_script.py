@@ -66,7 +66,7 @@ def test_reads_are_counted(
     subprocess.run(
         [sys.executable, "-c", f"path = {str(source)!r}; {code}"],
         check=True,
-        env=data_measure._environment(source, log, False),
+        env=data_measure._environment(source, log),
     )
     reads = data_measure._reads(log, source)
     assert (reads["all"], reads["opens"]) == (times, opens)
@@ -84,7 +84,7 @@ def file_digest(path):
     open(path, "rb").read()
 file_digest({str(source)!r}); open({str(source)!r}).read()
 """
-    environment = data_measure._environment(source, log, False)
+    environment = data_measure._environment(source, log)
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     reads = data_measure._reads(log, source)
     assert (reads["digests"], reads["other"], reads["opens"]) == (1.0, 1.0, 2)
@@ -116,14 +116,15 @@ def test_the_line_through_two_sizes(benchmarks: None) -> None:
         return {
             "run": {
                 "cold": [{"cpu": cold + 1}, {"cpu": cold}, {"cpu": cold - 1}],
-                "imports": [imports],
+                "warm": [{"cpu": 9.5, "imports": imports}, {"cpu": 11.0, "imports": imports + 1}],
             }
         }
 
     rows = [1000, 100_000]
-    (line,) = data.cpu_lines(rows, {"1000": entry(10.0, 8.0), "100000": entry(208.0, 8.0)})
+    line, warm = data.cpu_lines(rows, {"1000": entry(10.0, 7.5), "100000": entry(208.0, 7.5)})
     assert line["total"] == [10.0, 208.0] and line["beyond"] == [2.0, 200.0]
     assert line["exponent"] == pytest.approx(1.0) and line["per_row"] == pytest.approx(0.002)
+    assert warm["beyond"] == [2.25, 2.25] and line["imports"] == [8.0, 8.0]
     assert line["far"] == pytest.approx(1600.0)
 
 
