@@ -44,10 +44,13 @@ class Measured:
             for rank, report in sorted(self.reports.items())
             if "memory" in report
         }  # fmt: skip
-        imports = sum(r.get("marks", {}).get("imported", 0.0) for r in self.reports.values())
+        marks = [report.get("marks", {}) for report in self.reports.values()]
+        imports = sum(one.get("imported", 0.0) for one in marks)
+        step = sum(one["first_step"] - one["train_begins"] for one in marks if one)
         return {
             "cpu": self.cpu,
             "imports": imports,
+            "step": step,
             "ranks": ranks,
             "total_peak": self.total_peak,
             "reads": self.reads,

@@ -115,8 +115,11 @@ def test_the_line_through_two_sizes(benchmarks: None) -> None:
     def entry(cold: float, imports: float) -> dict[str, Any]:
         return {
             "run": {
-                "cold": [{"cpu": cold + 1}, {"cpu": cold}, {"cpu": cold - 1}],
-                "warm": [{"cpu": 9.5, "imports": imports}, {"cpu": 11.0, "imports": imports + 1}],
+                "cold": [{"cpu": cold + more, "step": 0.5} for more in (1, 0, -1)],
+                "warm": [
+                    {"cpu": 9.5, "imports": imports, "step": 0.2},
+                    {"cpu": 11.0, "imports": imports + 1, "step": 0.4},
+                ],
             }
         }
 
@@ -134,7 +137,7 @@ def test_bars(benchmarks: None) -> None:
     import data
 
     lines = [
-        {"subject": subject, "start": start, "total": [1.0, total], "beyond": [1.0, 3.0]}
+        {"subject": subject, "start": start, "total": [1.0, total], "step": [0.0, 3.0], "beyond": [1.0, 3.0]}
         for subject, start, total in [
             ("run", "cold", 23.0), ("run", "warm", 9.0), ("trl", "cold", 20.0),
         ]
@@ -148,5 +151,5 @@ def test_bars(benchmarks: None) -> None:
     result = {"cpu": lines, "memory": [process], "reads": {"other": 1.0}}
     found = data.bars(argparse.Namespace(rows=[10, 20], kind="k4"), result)
     assert [(round(value, 2), limit) for _, value, limit in found] == [
-        (1.15, 1.15), (3.0, 2.0), (600.0, 512.0), (1.0, 3.0), (1.0, 1.0),
+        (1.15, 1.15), (1.18, 1.15), (3.0, 2.0), (600.0, 512.0), (1.0, 3.0), (1.0, 1.0),
     ]  # fmt: skip
