@@ -11,10 +11,11 @@ starts have no cache; a warm start is the second one, in the same directories, a
 stopped at its first step.
 
 CPU time is user and system time of the process and its descendants, from its start to the end of the first
-optimizer step. It includes imports, loading the model, and the step; `imports` is the time of a process that
-only imports the same modules. For DPO and RPO the forward passes for reference log-probs are replaced by
-zeros (`data_child.py`). Private memory is the resident anonymous memory of a process, sampled five times
-a second.
+optimizer step. It includes imports, loading the model, and the step. `imports` is the time of a warm start
+until it has imported all modules that the cold one loaded, which it does first; `step` is the time since
+training began: the first batch and the work of the model. For DPO and RPO the forward passes for reference
+log-probs are replaced by zeros (`data_child.py`). Private memory is the resident anonymous memory of a
+process, sampled five times a second.
 """
 
 from __future__ import annotations
@@ -88,7 +89,9 @@ class Bench:
             data_rows.write_rows(self.base, rows, path)
         return path
 
-    def start(self, subject: str, rows: int, place: Path, *, ranks: int = 1) -> Measured:
+    def start(
+        self, subject: str, rows: int, place: Path, *, ranks: int = 1, preload: Path | None = None
+    ) -> Measured:
         """Start a training in a directory, which keeps what it caches."""
         place.mkdir(parents=True, exist_ok=True)
         source = self.source(rows)
@@ -101,13 +104,7 @@ class Bench:
             kind = [] if subject == "tokenizer" else [self.args.kind]
             output = [] if subject == "tokenizer" else [str(place / "output")]
             command = [subject, *kind, str(self.model), str(source), *output]
-        return measure(command, source, place, ranks=ranks)
-
-    def imports(self, modules: list[str], place: Path) -> float:
-        """Return the CPU seconds of importing the modules in order, in a new process."""
-        names = place / "modules.json"
-        names.write_text(json.dumps(modules))
-        return measure(["imports", str(names)], names, place).cpu
+        return measure(command, source, place, ranks=ranks, preload=preload)
 
     # --- parts ---
 
@@ -122,14 +119,14 @@ class Bench:
                         if subject == "tokenizer" and start == "warm":
                             continue
                         place = self.folder / f"{rows}-{number}" / subject
-                        measured = self.start(subject, rows, place)
-                        entry = entries.setdefault(subject, {"imports": []})
+                        names = place / "modules.json"
+                        preload = names if start == "warm" else None
+                        measured = self.start(subject, rows, place, preload=preload)
+                        entry = entries.setdefault(subject, {})
                         entry.setdefault(start, []).append(measured.figures())
                         if start == "cold":
                             modules = measured.reports["0"].get("modules")
-                            entry["imports"].append(
-                                self.imports(modules, place) if modules else 0.0
-                            )
+                            names.write_text(json.dumps(modules))
                         _say(f"{rows:,} rows, {subject}, {start}: {measured.cpu:.1f} s")
         return found
 
@@ -184,8 +181,14 @@ def cpu_lines(rows: list[int], found: _Figures) -> list[_Figures]:
                 continue
             both = [found[str(n)][subject] for n in rows]
             total = [statistics.median(one["cpu"] for one in each[start]) for each in both]
-            loading = [statistics.median(each["imports"]) for each in both]
-            beyond = [a - b for a, b in zip(total, loading, strict=True)]
+            step = [statistics.median(one["step"] for one in each[start]) for each in both]
+            loading = [_imports(each) for each in both]
+            beyond = [
+                statistics.median(one["cpu"] - one["imports"] for one in each["warm"])
+                if start == "warm"
+                else cold - imports
+                for each, cold, imports in zip(both, total, loading, strict=True)
+            ]
             lines.append(
                 {
                     "subject": subject,
@@ -193,6 +196,7 @@ def cpu_lines(rows: list[int], found: _Figures) -> list[_Figures]:
                     "rounds": [[one["cpu"] for one in each[start]] for each in both],
                     "total": total,
                     "imports": loading,
+                    "step": step,
                     "beyond": beyond,
                     "exponent": exponent(rows, beyond),
                     "per_row": slope(rows, beyond),
@@ -200,6 +204,11 @@ def cpu_lines(rows: list[int], found: _Figures) -> list[_Figures]:
                 }
             )
     return lines
+
+
+def _imports(entry: _Figures) -> float:
+    """Return the median CPU seconds of the imports, which only warm starts measure."""
+    return statistics.median(one["imports"] for one in entry.get("warm", [{"imports": 0.0}]))
 
 
 def memory_lines(rows: list[int], single: _Figures, double: _Figures) -> list[_Figures]:
@@ -243,6 +252,10 @@ def bars(args: argparse.Namespace, result: _Figures) -> list[tuple[str, float, f
         if (peer := lines.get(("trl", "cold"))) and (subject, "cold") in lines:
             ratio = lines[subject, "cold"]["total"][1] / peer["total"][1]
             found.append((f"{subject}, cold: CPU time / TRL's, {largest}", ratio, COLD_RATIO))
+            mine, theirs = (
+                one["total"][1] - one["step"][1] for one in (lines[subject, "cold"], peer)
+            )
+            found.append((f"{subject}, cold: the same without the step", mine / theirs, COLD_RATIO))
         if (subject, "warm") in lines:
             seconds = lines[subject, "warm"]["beyond"][1]
             found.append(
@@ -271,15 +284,17 @@ def show(args: argparse.Namespace, result: _Figures) -> None:
     if lines := result.get("cpu"):
         print(f"\nCPU seconds to the first step; beyond imports: {small} → {large} rows\n")
         print(
-            f"| {args.kind} | start | {small}: all | imports | {large}: all | imports | beyond imports "
-            f"| µs a row | exponent | {FAR:,} rows [est] |\n|---|---|--:|--:|--:|--:|--:|--:|--:|--:|"
+            f"| {args.kind} | start | {small}: all | imports | step | {large}: all | imports | step "
+            f"| beyond imports | µs a row | exponent | {FAR:,} rows [est] |\n"
+            f"|---|---|{'--:|' * 10}"
         )
         for one in lines:
-            (a, b), (c, d), (e, f) = one["total"], one["imports"], one["beyond"]
+            sizes = zip(one["total"], one["imports"], one["step"], strict=True)
+            cells = " | ".join(f"{value:.1f}" for size in sizes for value in size)
+            first, second = one["beyond"]
             row = f"{one['per_row'] * 1e6:.0f} | {one['exponent']:.2f} | {one['far']:.0f}"
             print(
-                f"| {one['subject']} | {one['start']} | {a:.1f} | {c:.1f} | {b:.1f} | {d:.1f} "
-                f"| {e:.1f} → {f:.1f} | {row} |"
+                f"| {one['subject']} | {one['start']} | {cells} | {first:.1f} → {second:.1f} | {row} |"
             )
     if lines := result.get("memory"):
         print(f"\nMemory of `run`, MiB: {small} → {large} rows\n")

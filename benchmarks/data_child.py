@@ -3,7 +3,8 @@
     run RECIPE RUN_DIR               `rpo-trainer run`
     ours|trl KIND MODEL ROWS OUTPUT  the trainer of the library on a data set of `datasets`
     tokenizer MODEL ROWS             the tokenizer alone, in batches of 1,000 texts
-    imports NAMES                    imports the modules in a file, in order
+
+With BENCH_DATA_PRELOAD the modules named in that file are imported first, so that their time is known apart.
 
 The report is `rank-N.json` in the log directory: CPU seconds of the process, of children it has waited for
 and of those that are alive, since the start; memory at the first step; the names of the loaded modules.
@@ -26,12 +27,11 @@ RANK = os.environ.get("RANK", "0")
 def main(mode: str, *arguments: str) -> None:
     """Run one of the modes."""
     (LOG / f"rank-{RANK}.pid").write_text(str(os.getpid()))
-    if mode == "imports":
-        _imports(Path(arguments[0]))
-    elif mode == "tokenizer":
+    marks = _preload()
+    if mode == "tokenizer":
         _tokenizer(Path(arguments[0]), Path(arguments[1]))
     else:
-        _report_first_step()
+        _report_first_step(marks)
         if mode != "trl":
             _skip_reference_forwards()
         if mode == "run":
@@ -63,13 +63,16 @@ def _write(**figures: Any) -> None:
     (LOG / f"rank-{RANK}.json").write_text(json.dumps(figures))
 
 
-def _imports(names: Path) -> None:
-    for name in json.loads(names.read_text()):
+def _preload() -> dict[str, float]:
+    """Import the modules that an earlier start had loaded; return the CPU time until then."""
+    if "BENCH_DATA_PRELOAD" not in os.environ:
+        return {}
+    for name in json.loads(Path(os.environ["BENCH_DATA_PRELOAD"]).read_text()):
         try:
             importlib.import_module(name)
         except Exception:  # made at run time, not importable
             continue
-    _write(cpu=cpu_seconds())
+    return {"imported": cpu_seconds()}
 
 
 def _tokenizer(model: Path, rows: Path) -> None:
@@ -87,12 +90,10 @@ def _tokenizer(model: Path, rows: Path) -> None:
     _write(cpu=cpu_seconds() - before, tokens=tokens)
 
 
-def _report_first_step() -> None:
+def _report_first_step(marks: dict[str, float]) -> None:
     """Add a callback to all trainers of transformers, which reports and ends the process."""
     import transformers.trainer
     from transformers import TrainerCallback
-
-    marks: dict[str, float] = {}
 
     class FirstStep(TrainerCallback):  # type: ignore[misc]
         def on_init_end(self, *args: Any, **kwargs: Any) -> None:

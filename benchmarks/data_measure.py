@@ -44,7 +44,17 @@ class Measured:
             for rank, report in sorted(self.reports.items())
             if "memory" in report
         }  # fmt: skip
-        return {"cpu": self.cpu, "ranks": ranks, "total_peak": self.total_peak, "reads": self.reads}
+        marks = [report.get("marks", {}) for report in self.reports.values()]
+        imports = sum(one.get("imported", 0.0) for one in marks)
+        step = sum(one["first_step"] - one["train_begins"] for one in marks if one)
+        return {
+            "cpu": self.cpu,
+            "imports": imports,
+            "step": step,
+            "ranks": ranks,
+            "total_peak": self.total_peak,
+            "reads": self.reads,
+        }
 
     def _peak(self, rank: str, at_step: dict[str, int]) -> dict[str, int]:
         sampled = self.peaks.get(rank, {})
@@ -62,7 +72,13 @@ def _parts(rollup: dict[str, int]) -> dict[str, int]:
 
 
 def measure(
-    command: list[str], source: Path, place: Path, *, ranks: int = 1, to_end: bool = False
+    command: list[str],
+    source: Path,
+    place: Path,
+    *,
+    ranks: int = 1,
+    preload: Path | None = None,
+    to_end: bool = False,
 ) -> Measured:
     """Run data_child.py with a command.
 
@@ -70,6 +86,7 @@ def measure(
         source: the file whose reads are counted.
         place: working directory; caches of `datasets` go there too.
         ranks: number of processes, started by torchrun if there are several.
+        preload: names of modules that are imported first.
         to_end: run the training to its end; nothing is reported then but the reads.
     """
     log = place / "log"
@@ -79,10 +96,13 @@ def measure(
     words = [
         sys.executable, *(launcher if ranks > 1 else []), str(HERE / "data_child.py"), *command
     ]  # fmt: skip
+    environment = _environment(source, log)
+    if preload is not None:
+        environment["BENCH_DATA_PRELOAD"] = str(preload)
+    if to_end:
+        environment["BENCH_DATA_TO_END"] = "1"
     with (log / "output").open("w") as output:
-        process = subprocess.Popen(
-            words, cwd=place, env=_environment(source, log, to_end), stdout=output, stderr=output
-        )
+        process = subprocess.Popen(words, cwd=place, env=environment, stdout=output, stderr=output)
         found = Measured({})
         while process.poll() is None:
             _sample(process.pid, log, found)
@@ -96,7 +116,7 @@ def measure(
     return found
 
 
-def _environment(source: Path, log: Path, to_end: bool) -> dict[str, str]:
+def _environment(source: Path, log: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_RANK)}
     paths = [str(HERE / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {
@@ -110,7 +130,6 @@ def _environment(source: Path, log: Path, to_end: bool) -> dict[str, str]:
         "HF_DATASETS_CACHE": str(log.parent / "datasets-cache"),
         "BENCH_DATA_LOG": str(log),
         "BENCH_DATA_SOURCES": json.dumps([str(source.resolve())]),
-        **({"BENCH_DATA_TO_END": "1"} if to_end else {}),
     }
 
 

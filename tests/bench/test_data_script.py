@@ -66,7 +66,7 @@ def test_reads_are_counted(
     subprocess.run(
         [sys.executable, "-c", f"path = {str(source)!r}; {code}"],
         check=True,
-        env=data_measure._environment(source, log, False),
+        env=data_measure._environment(source, log),
     )
     reads = data_measure._reads(log, source)
     assert (reads["all"], reads["opens"]) == (times, opens)
@@ -84,7 +84,7 @@ def file_digest(path):
     open(path, "rb").read()
 file_digest({str(source)!r}); open({str(source)!r}).read()
 """
-    environment = data_measure._environment(source, log, False)
+    environment = data_measure._environment(source, log)
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
     reads = data_measure._reads(log, source)
     assert (reads["digests"], reads["other"], reads["opens"]) == (1.0, 1.0, 2)
@@ -115,15 +115,19 @@ def test_the_line_through_two_sizes(benchmarks: None) -> None:
     def entry(cold: float, imports: float) -> dict[str, Any]:
         return {
             "run": {
-                "cold": [{"cpu": cold + 1}, {"cpu": cold}, {"cpu": cold - 1}],
-                "imports": [imports],
+                "cold": [{"cpu": cold + more, "step": 0.5} for more in (1, 0, -1)],
+                "warm": [
+                    {"cpu": 9.5, "imports": imports, "step": 0.2},
+                    {"cpu": 11.0, "imports": imports + 1, "step": 0.4},
+                ],
             }
         }
 
     rows = [1000, 100_000]
-    (line,) = data.cpu_lines(rows, {"1000": entry(10.0, 8.0), "100000": entry(208.0, 8.0)})
+    line, warm = data.cpu_lines(rows, {"1000": entry(10.0, 7.5), "100000": entry(208.0, 7.5)})
     assert line["total"] == [10.0, 208.0] and line["beyond"] == [2.0, 200.0]
     assert line["exponent"] == pytest.approx(1.0) and line["per_row"] == pytest.approx(0.002)
+    assert warm["beyond"] == [2.25, 2.25] and line["imports"] == [8.0, 8.0]
     assert line["far"] == pytest.approx(1600.0)
 
 
@@ -133,7 +137,7 @@ def test_bars(benchmarks: None) -> None:
     import data
 
     lines = [
-        {"subject": subject, "start": start, "total": [1.0, total], "beyond": [1.0, 3.0]}
+        {"subject": subject, "start": start, "total": [1.0, total], "step": [0.0, 3.0], "beyond": [1.0, 3.0]}
         for subject, start, total in [
             ("run", "cold", 23.0), ("run", "warm", 9.0), ("trl", "cold", 20.0),
         ]
@@ -147,5 +151,5 @@ def test_bars(benchmarks: None) -> None:
     result = {"cpu": lines, "memory": [process], "reads": {"other": 1.0}}
     found = data.bars(argparse.Namespace(rows=[10, 20], kind="k4"), result)
     assert [(round(value, 2), limit) for _, value, limit in found] == [
-        (1.15, 1.15), (3.0, 2.0), (600.0, 512.0), (1.0, 3.0), (1.0, 1.0),
+        (1.15, 1.15), (1.18, 1.15), (3.0, 2.0), (600.0, 512.0), (1.0, 3.0), (1.0, 1.0),
     ]  # fmt: skip
