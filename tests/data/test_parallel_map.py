@@ -142,11 +142,12 @@ def test_few_batches_are_held_at_once() -> None:
 
 
 SCRIPT = """
-import os, sys, threading
+import os, signal, sys, threading
 from pathlib import Path
 from rpo_trainer.data.parallel_map import map_batches
 from tests.data import parallel_work as work
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start jobs that ignore it
 print("started", flush=True)
 if sys.argv[1] == "map":
     found = list(map_batches(work.square, [[1], [2], [3]], 2))
