@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rpo_trainer.data.audit import Audit
@@ -12,6 +14,16 @@ _PLAIN = (
     "read", "kept", "joined", "left_out", "remarks", "extra_columns", "unread_columns", "max_length",
     "pairs", "filter", "calibration", "judge", "replay", "ratings", "overlap",
 )  # fmt: skip
+
+
+def write_audit(path: Path, audit: Audit) -> None:
+    """Write an audit to a JSON file."""
+    path.write_text(json.dumps(audit_to_json(audit)), encoding="utf-8")
+
+
+def read_audit(path: Path) -> Audit:
+    """Return the audit of `write_audit`."""
+    return audit_from_json(json.loads(path.read_text(encoding="utf-8")))
 
 
 def audit_to_json(audit: Audit) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _first_lines(
         with path.open("rb") as file:
             head = file.read(size)
         head = head[: head.rfind(b"\n") + 1]
-        # The last row may go on behind the bytes that were read.
+        # The last row may continue beyond the bytes that were read.
         with suppress(DataError):
             first = [*islice(_lines(decode(head, 0, where), where), limit + 2)]
             if len(first) == limit + 2:

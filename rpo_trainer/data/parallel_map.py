@@ -87,7 +87,7 @@ def map_batches(
                 result = waiting[0][1].result()
                 waiting.popleft()
                 for batch in islice(given, 1):
-                    # Before the result is yielded: the processes go on while the caller works.
+                    # Before the result is yielded: the processes continue while the caller runs.
                     waiting.append((batch, _submitted(pool, batch)))
                 yield result
             finished = True

@@ -137,7 +137,7 @@ class DataStore:
                     return self.folder
                 reason: object = "permission denied"
             except OSError as error:
-                if not isinstance(error, _NOT_WRITABLE) and not _is_read_only(error):
+                if not isinstance(error, _NOT_WRITABLE) and error.errno != errno.EROFS:
                     raise
                 reason = error.strerror or error
             logger.warning(
@@ -156,10 +156,6 @@ def _version() -> list[Any]:
     except importlib.metadata.PackageNotFoundError:  # imported from a directory
         package = ""
     return [package, _FORMAT]
-
-
-def _is_read_only(error: OSError) -> bool:
-    return error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _is_complete(entry: Path) -> bool:

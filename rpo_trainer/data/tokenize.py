@@ -27,7 +27,6 @@ from rpo_trainer.data.tokenized_shards import (
     ShardWriter,
     complete,
     mapped,
-    open_tokenized,
     read_shard,
     writing,
 )
@@ -37,8 +36,6 @@ from rpo_trainer.runtime.row_progress import RowProgress
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["TOKENIZED", "open_tokenized", "released", "tokenize_rows"]
 
 TOKENIZED = ("prompt_ids", "response_ids", "response_mask")
 BATCH = 500  # rows tokenized at once; only the ids of one batch exist as Python integers
@@ -82,7 +79,7 @@ def tokenize_rows(
             they score complete texts.
         folder: directory for the examples, which are then memory-mapped; None: keep them in memory. Shards
             that it contains from an interrupted call with the same arguments are not tokenized again. See
-            also `open_tokenized`.
+            also `tokenized_shards.open_tokenized`.
         label: names the work in the progress bar, such as "tokenizing train data".
 
     Raises:

@@ -24,8 +24,6 @@ DATA_FIELDS = (
     "kind", "objective", "data", "max_length", "truncation", "attributes", "rating_range",
     "reward_scale", "margin_scale",
 )  # fmt: skip
-
-
 # Fields of `data` that scored rows replace.
 _SCORED_FIELDS = ("train", "dedup", "generate", "score", "responses_from", "resample")
 

@@ -6,14 +6,13 @@ sources once, and then from the store.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rpo_trainer.data import Audit, add_replay, filter_rows, load_rows
-from rpo_trainer.data.audit_json import audit_from_json, audit_to_json
+from rpo_trainer.data.audit_json import read_audit, write_audit
 from rpo_trainer.data.duplicates import prompt_key
 from rpo_trainer.data.resumable_rows import content_key
 from rpo_trainer.data.rows import Kind, Row
@@ -165,7 +164,7 @@ class StageRows:
             new.append((rows, held))
 
         entry = self.store.entry(key, build, f"the rows of stage {stage.name}")
-        audit.adopt(_kept_audit(entry))
+        audit.adopt(read_audit(entry / _AUDIT))
         if new:
             return new[0]
         held_out = entry / _HELD_OUT
@@ -274,7 +273,7 @@ class StageRows:
 
         names = ", ".join(source.path or source.task or "" for source in sources)
         entry = self.store.entry(key, build, f"the rows of {names}")
-        audit.adopt(_kept_audit(entry))
+        audit.adopt(read_audit(entry / _AUDIT))
         return list(StoredRows(entry / _ROWS))
 
     def _load(
@@ -295,11 +294,7 @@ class StageRows:
 
 def _keep(folder: Path, rows: Sequence[Row], audit: Audit) -> None:
     write_stored_rows(folder / _ROWS, rows)
-    (folder / _AUDIT).write_text(json.dumps(audit_to_json(audit)), encoding="utf-8")
-
-
-def _kept_audit(entry: Path) -> Audit:
-    return audit_from_json(json.loads((entry / _AUDIT).read_text(encoding="utf-8")))
+    write_audit(folder / _AUDIT, audit)
 
 
 def _require_two_responses(stage: Stage, rows: Sequence[Row]) -> None:

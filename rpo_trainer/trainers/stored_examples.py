@@ -11,7 +11,7 @@ import datasets
 import xxhash
 
 from rpo_trainer.data import Audit, prepare_dataset
-from rpo_trainer.data.audit_json import audit_from_json, audit_to_json
+from rpo_trainer.data.audit_json import read_audit, write_audit
 from rpo_trainer.data.pipeline import rows_by_number
 from rpo_trainer.data.resumable_rows import content_key
 from rpo_trainer.data.store import DataStore
@@ -60,11 +60,11 @@ def stored_examples(
             label=f"tokenizing {name} data",
             **options,
         )
-        (folder / _AUDIT).write_text(json.dumps(audit_to_json(counts)), encoding="utf-8")
+        write_audit(folder / _AUDIT, counts)
         store.collect(time.time() - _KEPT_SECONDS)
 
     entry = store.entry(key, build, f"the {name} data")
-    audit.adopt(audit_from_json(json.loads((entry / _AUDIT).read_text(encoding="utf-8"))))
+    audit.adopt(read_audit(entry / _AUDIT))
     return require_tokenized(entry / _EXAMPLES)
 
 

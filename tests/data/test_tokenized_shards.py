@@ -17,8 +17,9 @@ import pytest
 
 from rpo_trainer.data import Audit, tokenize, tokenize_rows, tokenized_shards
 from rpo_trainer.data.rows import RowError, RowProblems
-from rpo_trainer.data.tokenize import open_tokenized, released
+from rpo_trainer.data.tokenize import released
 from rpo_trainer.data.tokenize_batch import BatchTokenizer
+from rpo_trainer.data.tokenized_shards import open_tokenized
 from rpo_trainer.errors import DataError, Problems
 from tests.conftest import Injected
 from tests.data.test_parallel_map import rows
