@@ -21,7 +21,7 @@ FOLDER=${FOLDER:-.gpu}
 PYTHON=${PYTHON:-python3}
 PYTHON_VERSION=${PYTHON_VERSION:-3.12}
 PART=${PART:-30M}
-PACKAGES=${PACKAGES:-annotated-types datasets dill jsonschema jsonschema-specifications multiprocess py3langid \
+PACKAGES=${PACKAGES:-annotated-types datasets dill jsonschema jsonschema-specifications loky multiprocess py3langid \
 pydantic pydantic-core referencing rpds-py ruamel.yaml trl typing-inspection}
 
 mkdir -p "$FOLDER"

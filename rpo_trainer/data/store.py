@@ -100,6 +100,8 @@ class DataStore:
             )
             shutil.rmtree(entry, ignore_errors=True)  # damaged
             os.replace(partial, entry)
+            with suppress(OSError):  # whoever waits for it finds the entry
+                lock.unlink(missing_ok=True)
         return entry
 
     def collect(self, unused_since: float) -> None:
@@ -116,7 +118,7 @@ class DataStore:
             except (Timeout, OSError):
                 continue  # it is being built
             try:
-                logger.info("removing prepared data that are no longer used: %s", path)
+                logger.debug("removing prepared data that are no longer used: %s", path)
                 shutil.rmtree(path, ignore_errors=True)
             finally:
                 lock.release()

@@ -29,6 +29,8 @@ DIGEST_SUFFIX = ".xxh3_128"
 # A file changed this shortly before it was read may change again with the same timestamp.
 _TIME_STEP_NS = 2 * 10**9
 _BLOCK = 2**22  # bytes read at once
+# Digests of the files that this process has read, by `stat` of `known_digest`.
+_digests: dict[tuple[int, ...], str] = {}
 _LEAST_THREADS, _MOST_THREADS = 4, 16  # more than cores: some of them wait for the disk
 
 S = TypeVar("S")
@@ -165,14 +167,20 @@ def known_digest(path: Path, known: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the digest of a file as `digest`, and its size, inode and times as `stat`.
 
     `known`, an earlier result, is returned if `stat` is the same. Programs can set the modification time but
-    not the change time (ctime), so replaced content is detected. Otherwise the file is read.
+    not the change time (ctime), so replaced content is detected. Otherwise the file is read, once per
+    process.
     """
     status = path.stat()
     now = [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
     if known is not None and known.get("stat") == now:
         return dict(known)
+    if (digest := _digests.get(tuple(now))) is not None:
+        return {"digest": digest, "stat": now}
     digest, settled = settled_digest(path, status.st_ctime_ns)
-    return {"digest": digest, "stat": now} if settled else {"digest": digest}
+    if not settled:
+        return {"digest": digest}
+    _digests[tuple(now)] = digest
+    return {"digest": digest, "stat": now}
 
 
 def settled_digest(path: Path, time_ns: int) -> tuple[str, bool]:

@@ -43,7 +43,7 @@ def add_to(metrics: MetricSums, batch: PackedBatch) -> None:
     real = batch.weights.max()  # 0 for the filler of a rank that has no example left
     first = torch.zeros_like(batch.response_tokens, dtype=torch.bool)
     for group in batch.groups:
-        first[group[:, 0]] = True
+        first.index_fill_(0, group[:, 0], True)  # assigning with an index would wait for the GPU
     chosen = first[batch.response_index] & (real > 0)
     rejected = ~first[batch.response_index] & (real > 0)
     metrics.add(ACCURACY, stats.correct, chosen)
