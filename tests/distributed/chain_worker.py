@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
@@ -19,18 +20,22 @@ from tests.distributed import gloo
 
 
 def fault(name: str) -> Any:
-    """One rank reads `missing` rows (an error) or `fewer`; its loss is `nan`; its forward `breaks`."""
+    """One rank finds the rows `missing` (an error) or `fewer`; its loss is `nan`; its forward `breaks`."""
     from rpo_trainer.errors import DataError
-    from rpo_trainer.stages import prepare
+    from rpo_trainer.stages.inputs import StageInputs, dataset_fingerprint
+    from rpo_trainer.stages.prepare import StagePreparer
     from rpo_trainer.trainers.base import BaseTrainer
 
-    load_rows, outputs = prepare.load_rows, BaseTrainer.outputs
+    opened, outputs = StagePreparer.open, BaseTrainer.outputs
 
     def missing(*args: Any, **kwargs: Any) -> Any:
         raise DataError("there is no such file on this host", code="data.not-found")
 
-    def fewer(*args: Any, **kwargs: Any) -> Any:
-        return load_rows(*args, **kwargs)[1:]
+    def fewer(*args: Any, **kwargs: Any) -> StageInputs:
+        inputs = opened(*args, **kwargs)
+        assert inputs.train is not None
+        train = inputs.train.select(range(1, len(inputs.train)))
+        return replace(inputs, train=train, fingerprint=dataset_fingerprint(train))
 
     def nan(self: Any, *args: Any) -> Any:
         factor = float("nan") if self.model.training and self.state.global_step == 1 else 1.0
@@ -42,7 +47,7 @@ def fault(name: str) -> Any:
         return outputs(self, *args)
 
     if name in ("missing", "fewer"):
-        return mock.patch.object(prepare, "load_rows", missing if name == "missing" else fewer)
+        return mock.patch.object(StagePreparer, "open", missing if name == "missing" else fewer)
     return mock.patch.object(BaseTrainer, "outputs", nan if name == "nan" else breaks)
 
 
