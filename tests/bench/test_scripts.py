@@ -190,6 +190,6 @@ def test_the_gpu_script_in_its_smallest_setting(tmp_path: Path) -> None:
     assert "Nothing was skipped." in done.stdout
     (lines,) = tmp_path.glob("*-tiny.jsonl")
     scripts = [json.loads(line)["script"] for line in lines.read_text().splitlines()]
-    assert scripts == ["step.py", "head.py", "scaling.py"]
+    assert scripts == ["step.py", "scaling.py", "head.py"]
     (report,) = tmp_path.glob("*-tiny.md")
     assert "## uf" in report.read_text() and "in total." in report.read_text()
