@@ -58,6 +58,12 @@ def keeping_freed_memory() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
+def return_freed_memory() -> None:
+    """Return the memory of small freed objects to the system (glibc), whatever was allocated between them."""
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
 def _glibc() -> ctypes.CDLL | None:
     if not sys.platform.startswith("linux"):
         return None

@@ -29,6 +29,7 @@ from rpo_trainer.errors import DataError
 from rpo_trainer.models.loading import load_config, load_tokenizer
 from rpo_trainer.recipe import EvalSpec, LoadedRecipe, Stage
 from rpo_trainer.recipe.template_kwargs import COLUMN
+from rpo_trainer.runtime.memory import return_freed_memory
 from rpo_trainer.stages.data_keys import stage_settings
 from rpo_trainer.stages.inputs import (
     HeldOut,
@@ -149,6 +150,10 @@ class StagePreparer(StageRows):
         )  # fmt: skip
 
     def _build(self, stage: Stage, scored: ScoredData | None, folder: Path) -> None:
+        self._write_inputs(stage, scored, folder)
+        return_freed_memory()  # of the rows as Python objects
+
+    def _write_inputs(self, stage: Stage, scored: ScoredData | None, folder: Path) -> None:
         audit = Audit() if scored is None else copy.deepcopy(scored.audit)
         rows, held = self.training_rows(stage, audit, None if scored is None else scored.rows)
         held_audit = Audit()

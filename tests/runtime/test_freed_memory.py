@@ -58,6 +58,29 @@ def test_blocks_are_kept_inside_and_returned_afterwards() -> None:
     assert behind > 1000 or behind > 10 * inside  # the default again; huge pages cause fewer faults
 
 
+def test_small_blocks_between_kept_ones_are_returned() -> None:
+    program = """
+from rpo_trainer.runtime.memory import return_freed_memory
+
+def held():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 // 2**20
+
+texts = [str(number) * 600 for number in range(50_000)]
+kept = texts[::500]
+full = held()
+del texts
+before = held()
+return_freed_memory()
+print(full, before, held())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    full, before, after = map(int, done.stdout.split())
+    assert before - after > 80 > full - before
+
+
 def test_the_users_own_setting_counts_alone() -> None:
     _, kept, _, _ = figures(MALLOC_TRIM_THRESHOLD_="65536")
     assert kept < 10
