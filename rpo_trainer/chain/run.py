@@ -45,7 +45,7 @@ from rpo_trainer.runtime.devices import empty_cache, has_accelerator
 from rpo_trainer.runtime.row_progress import duration
 from rpo_trainer.stages.error_places import errors_located_in
 from rpo_trainer.stages.hub import push_output
-from rpo_trainer.stages.inputs import StageInputs, source_digests
+from rpo_trainer.stages.inputs import StageInputs
 from rpo_trainer.stages.output_dtype import needs_exact
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.record import (
@@ -381,9 +381,7 @@ class _Chain:
         self.data_log.log(stage, audit, held_out.audit if held_out is not None else None, label)
         fingerprint = inputs.fingerprint
         check_same_examples(stage, fingerprint, record, self.state)
-        sources = distributed.on_main(
-            lambda: source_digests(stage.data.train, self.loaded.base_dir, record.inputs or ())
-        )
+        sources = distributed.on_main(lambda: self.preparer.digests.local(stage.data.train))
         record.state = "running"
         record.started = record.started or now()
         record.examples = len(train)

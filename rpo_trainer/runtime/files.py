@@ -149,17 +149,12 @@ def json_digest(content: Mapping[str, Any]) -> str:
     return str(xxhash.xxh3_128_hexdigest(json.dumps(plain, sort_keys=True).encode()))
 
 
-def tree_digest(folder: Path, known: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """Return the xxh3-128 of the names and contents of all files below a directory.
-
-    Args:
-        known: results of `known_digest`, by the files' names relative to the directory.
-    """
+def tree_digest(folder: Path, digest_of: Callable[[Path], str]) -> str:
+    """Return the xxh3-128 of the names and digests of all files below a directory."""
     digest = xxhash.xxh3_128()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
-        own = known_digest(path, (known or {}).get(name))["digest"]
-        digest.update(f"{name}\0{own}\n".encode())
+        digest.update(f"{name}\0{digest_of(path)}\n".encode())
     return str(digest.hexdigest())
 
 

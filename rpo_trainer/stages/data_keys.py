@@ -13,7 +13,7 @@ from rpo_trainer.data.resumable_rows import content_key
 from rpo_trainer.data.sources import may_be_hub_name
 from rpo_trainer.errors import DataError
 from rpo_trainer.recipe import is_local, resolve_path
-from rpo_trainer.runtime.files import atomic_write, known_digest
+from rpo_trainer.runtime.files import atomic_write, known_digest, tree_digest
 from rpo_trainer.stages.hub import hub_commit
 
 if TYPE_CHECKING:
@@ -73,20 +73,26 @@ class SourceDigests:
             for source in sources
         ]
 
-    def _content(self, source: SourceSpec) -> str:
-        if source.path is None:
-            return "generated"
-        if source.path not in self.found:
-            path = resolve_path(self.base_dir, source.path)
-            local = is_local(source.path, path)
-            self.found[source.path] = self._of_path(path) if local else _of_hub(source.path)
-        return self.found[source.path]
+    def local(self, sources: Iterable[SourceSpec]) -> dict[str, str]:
+        """Return the xxh3-128 digests of the local files and directories, by their paths in the recipe."""
+        paths = [source.path for source in sources if source.path is not None]
+        return {
+            path: self._of(path) for path in paths if resolve_path(self.base_dir, path).exists()
+        }
 
-    def _of_path(self, path: Path) -> str:
-        if path.is_file():
-            return self._of_file(path)
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return content_key([[str(file.relative_to(path)), self._of_file(file)] for file in files])
+    def _content(self, source: SourceSpec) -> str:
+        return "generated" if source.path is None else self._of(source.path)
+
+    def _of(self, name: str) -> str:
+        if name not in self.found:
+            path = resolve_path(self.base_dir, name)
+            if not is_local(name, path):
+                self.found[name] = _of_hub(name)
+            elif path.is_file():
+                self.found[name] = self._of_file(path)
+            else:
+                self.found[name] = tree_digest(path, self._of_file)
+        return self.found[name]
 
     def _of_file(self, path: Path) -> str:
         name = content_key(str(path.resolve()))

@@ -19,12 +19,9 @@ from rpo_trainer.recipe import (
     RewardStage,
     RPOStage,
     SFTStage,
-    SourceSpec,
     Stage,
-    resolve_path,
 )
 from rpo_trainer.rewards.verifiers import VERIFIERS
-from rpo_trainer.runtime.files import known_digest, tree_digest
 
 if TYPE_CHECKING:
     import datasets
@@ -33,7 +30,6 @@ if TYPE_CHECKING:
     from rpo_trainer.data.rows import Row
     from rpo_trainer.recipe import DataSpec, EvalSpec, Recipe, ScoreSpec
     from rpo_trainer.recipe.schema import FilterSpec
-    from rpo_trainer.stages.record import InputRecord
 
 
 @dataclass
@@ -84,26 +80,6 @@ class ScoredData:
 def dataset_fingerprint(dataset: datasets.Dataset) -> str:
     """Return the digest of tokens, masks, and rewards or ratings, see `ExampleView.fingerprint`."""
     return ExampleView(dataset).fingerprint()
-
-
-def source_digests(
-    sources: Sequence[SourceSpec], folder: Path, inputs: Sequence[InputRecord] = ()
-) -> dict[str, str]:
-    """Return the xxh3-128 digest of each local data file or directory, by its path in the recipe.
-
-    Args:
-        folder: the directory of the recipe, to which paths are relative.
-        inputs: the inputs in the stage's record; a file is read again only if it has been modified.
-    """
-    known = {entry.name: entry.to_json().get("files", {}) for entry in inputs}
-    found: dict[str, str] = {}
-    for name in [source.path for source in sources if source.path]:
-        path, files = resolve_path(folder, name), known.get(name, {})
-        if path.is_file():
-            found[name] = known_digest(path, files.get(path.name))["digest"]
-        elif path.exists():
-            found[name] = tree_digest(path, files)
-    return found
 
 
 # --- rules by kind of stage ---

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from rpo_trainer.chain.input_files import Digests, Input
 from rpo_trainer.data import Audit
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.errors import DataError
 from rpo_trainer.models.loading import load_weights
-from rpo_trainer.recipe import Recipe, SourceSpec, Stage, expand_stages
+from rpo_trainer.recipe import Recipe, Stage, expand_stages
 from rpo_trainer.runtime import row_progress
 from rpo_trainer.stages.inputs import (
     HeldOut,
@@ -25,7 +24,6 @@ from rpo_trainer.stages.inputs import (
     held_out_prompts,
     needs_policy,
     set_aside,
-    source_digests,
     stage_seed,
     tokenize_stage,
 )
@@ -345,42 +343,6 @@ def test_fingerprints_follow_tokens_masks_rewards_and_order(tmp_path: Path) -> N
         ("prompt_ids", [5]), ("response_ids", [[5]]), ("response_mask", [[0]]), ("rewards", [1.0])
     ):  # fmt: skip
         assert key != dataset_fingerprint(train.map(lambda row, c=column, v=value: {c: v}))
-
-
-def test_digests_are_of_local_files_by_their_written_path(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("x")
-    sources = [
-        SourceSpec(path="a.jsonl"), SourceSpec(path="somebody/dataset"),
-        SourceSpec(task="quickstart/code", size=1),
-    ]  # fmt: skip
-    first = source_digests(sources, tmp_path)
-    assert list(first) == ["a.jsonl"]
-    (tmp_path / "a.jsonl").write_text("y")
-    assert source_digests(sources, tmp_path) != first
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "data.arrow").write_text("x")
-    folder = [SourceSpec(path="folder")]
-    before = source_digests(folder, tmp_path)
-    assert list(before) == ["folder"] and source_digests(folder, tmp_path) == before
-    (tmp_path / "folder" / "data.arrow").write_text("y")
-    assert source_digests(folder, tmp_path) != before
-
-
-def test_digests_of_a_record_are_not_computed_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("rpo_trainer.runtime.files._TIME_STEP_NS", 0)
-    (tmp_path / "a.jsonl").write_text("x")
-    (tmp_path / "folder" / "deep").mkdir(parents=True)
-    (tmp_path / "folder" / "deep" / "data.arrow").write_text("x")
-    sources = [SourceSpec(path="a.jsonl"), SourceSpec(path="folder")]
-    inputs = [
-        Input(f"stages.s.data.train.{i}", str(source.path), tmp_path / str(source.path))
-        for i, source in enumerate(sources)
-    ]
-    record, expected = Digests().of(inputs), source_digests(sources, tmp_path)
-    monkeypatch.delattr("rpo_trainer.runtime.files.file_digest")
-    assert source_digests(sources, tmp_path, record) == expected
 
 
 @pytest.mark.parametrize("policy", ["keep", "drop", None])

@@ -58,7 +58,7 @@ def test_the_digest_of_a_tree_is_of_names_and_contents(tmp_path: Path) -> None:
         for path, text in files.items():
             (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name / path).write_text(text)
-        return tree_digest(tmp_path / name)
+        return tree_digest(tmp_path / name, file_digest)
 
     first = tree("a", {"x": "1", "sub/y": "2"})
     assert first == tree("b", {"sub/y": "2", "x": "1"})

@@ -9,8 +9,9 @@ import pytest
 
 from rpo_trainer.data.quickstart import character_tokenizer
 from rpo_trainer.data.tokenizer_digest import tokenizer_digest
+from rpo_trainer.recipe import SourceSpec
 from rpo_trainer.recipe.schema.stages import STAGE_KINDS
-from rpo_trainer.stages.data_keys import DATA_FIELDS
+from rpo_trainer.stages.data_keys import DATA_FIELDS, SourceDigests
 from rpo_trainer.stages.prepare import StagePreparer
 from tests.chain import tiny
 from tests.stages.test_prepare import given_pairs, write_pairs
@@ -83,3 +84,42 @@ def test_the_digest_of_a_tokenizer_follows_its_template_and_tokens() -> None:
     templated.chat_template = "{{ messages }}"
     extended.add_special_tokens({"additional_special_tokens": ["<new>"]})
     assert len({before, tokenizer_digest(templated), tokenizer_digest(extended)}) == 3
+
+
+def test_digests_are_of_local_files_by_their_written_path(tmp_path: Path) -> None:
+    def local(*sources: SourceSpec) -> dict[str, str]:
+        return SourceDigests(tmp_path, None).local(sources)
+
+    (tmp_path / "a.jsonl").write_text("x")
+    sources = [
+        SourceSpec(path="a.jsonl"), SourceSpec(path="somebody/dataset"),
+        SourceSpec(task="quickstart/code", size=1),
+    ]  # fmt: skip
+    first = local(*sources)
+    assert list(first) == ["a.jsonl"]
+    (tmp_path / "a.jsonl").write_text("y")
+    assert local(*sources) != first
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "data.arrow").write_text("x")
+    folder = SourceSpec(path="folder")
+    before = local(folder)
+    assert list(before) == ["folder"] and local(folder) == before
+    (tmp_path / "folder" / "data.arrow").write_text("y")
+    assert local(folder) != before
+
+
+def test_digests_in_the_index_are_not_computed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rpo_trainer.runtime.files._TIME_STEP_NS", 0)
+    monkeypatch.setattr("rpo_trainer.runtime.files._digests", {})  # those of this process
+    (tmp_path / "a.jsonl").write_text("x")
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    (tmp_path / "folder" / "deep" / "data.arrow").write_text("x")
+    sources = [SourceSpec(path="a.jsonl"), SourceSpec(path="folder")]
+    index = tmp_path / "sources.json"
+    expected = SourceDigests(tmp_path, index).local(sources)
+    assert expected == SourceDigests(tmp_path, None).local(sources)
+    monkeypatch.setattr("rpo_trainer.runtime.files._digests", {})
+    monkeypatch.delattr("rpo_trainer.runtime.files.file_digest")
+    assert SourceDigests(tmp_path, index).local(sources) == expected

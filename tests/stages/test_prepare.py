@@ -14,6 +14,7 @@ from rpo_trainer.chain import run_chain
 from rpo_trainer.chain.check import check_recipe
 from rpo_trainer.data import Audit
 from rpo_trainer.plan import plan_recipe
+from rpo_trainer.runtime.files import file_digest
 from rpo_trainer.stages import inputs, prepare, stage_rows
 from rpo_trainer.stages.prepare import StagePreparer
 from rpo_trainer.stages.preview import preview
@@ -115,9 +116,10 @@ def test_what_was_checked_is_what_is_trained_on_also_where_the_file_changes_in_b
         run_dir = tiny.run(tmp_path, recipe)
     record = tiny.records(run_dir)["one"]
     assert record["data"]["fingerprint"] == fingerprint
-    # The digest is that of the rows trained on, so that the next start notices the change.
+    # The digests are those of the rows trained on, so that the next start notices the change.
     (kept,) = [entry for entry in record["inputs"] if entry["name"] == "one.jsonl"]
-    assert kept["files"]["one.jsonl"]["digest"] != record["sources"]["one.jsonl"]
+    assert kept["files"]["one.jsonl"]["digest"] == record["sources"]["one.jsonl"]
+    assert record["sources"]["one.jsonl"] != file_digest(tmp_path / "one.jsonl")
 
 
 def test_rows_set_aside_are_neither_trained_planned_nor_shown(tmp_path: Path) -> None:
