@@ -26,6 +26,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def one_stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tiny.tiny_recipe()
+    made["stages"] = made["stages"][:1]
+    return tiny.write_recipe(tmp_path_factory.mktemp("plan"), made)
+
+
+@pytest.fixture(scope="module")
 def plan(recipe: Path) -> Plan:
     return plan_recipe(load_recipe(recipe), recipe.parent / "run", measure=True)
 
@@ -104,15 +111,15 @@ def sft_stages(planned: Plan) -> list[StagePlan]:
     return [stage for stage in planned.stages if not stage.assumed]
 
 
-def test_the_idle_share_is_that_of_the_engine(recipe: Path, plan: Plan) -> None:
+def test_the_idle_share_is_that_of_the_engine(one_stage: Path, plan: Plan) -> None:
     """ZeRO-3 has a budget by default: the longest example, if micro-batches have one."""
     assert all(stage.idle_share is None for stage in plan.stages)
     found = {}
     for engine, tokens in (("ddp", ""), ("zero3", ""), ("zero3", "=0"), ("ddp", "=40")):
         overrides = ["defaults.micro_batch_size=1"]
         overrides += [f"defaults.micro_batch_tokens{tokens}"] * bool(tokens)
-        loaded = load_recipe(recipe, overrides)
-        (stage, *_) = plan_recipe(loaded, recipe.parent / "run", engine=engine, devices=4).stages
+        loaded = load_recipe(one_stage, overrides)
+        (stage,) = plan_recipe(loaded, one_stage.parent / "run", engine=engine, devices=4).stages
         found[engine, tokens] = stage
         assert stage.idle_share is not None and 0 < stage.idle_share < 0.5
     longest = found["zero3", ""].micro_batch_tokens
@@ -137,8 +144,8 @@ def test_the_budget_of_the_plan_is_that_of_training(recipe: Path) -> None:
         assert stage.micro_batch_tokens == sampler.budget
 
 
-def test_the_idle_share_is_shown(recipe: Path) -> None:
-    words = ["plan", str(recipe), "defaults.micro_batch_size=1", "--engine", "zero3"]
+def test_the_idle_share_is_shown(one_stage: Path) -> None:
+    words = ["plan", str(one_stage), "defaults.micro_batch_size=1", "--engine", "zero3"]
     words += ["--devices", "4"]
     shown = CliRunner().invoke(cli.cli, words)
     assert "idle:" in shown.output and "micro_batch_tokens:" in shown.output
