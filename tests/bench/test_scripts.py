@@ -69,6 +69,7 @@ def test_against_trl(script: str, peers: set[str], tmp_path: Path) -> None:
     assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch_compile on a CPU needs g++")
 def test_compiled_against_not_compiled(tmp_path: Path) -> None:
     _, line = run("step.py", *MODEL, *ROWS, "--peers", "ours-compiled", folder=tmp_path)
@@ -173,6 +174,7 @@ def test_lengths_are_spread_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert sorted(lengths for _, lengths in found) == [[n, 3, n] for n in (14, 38, 63, 87)]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_the_gpu_script_in_its_smallest_setting(tmp_path: Path) -> None:
     done = subprocess.run(

@@ -89,6 +89,8 @@ OF_FSDP: dict[str, Case] = {
         "fsdp": {"cpu_ram_efficient_loading": True},
     },
 }  # fmt: skip
+# ZeRO-3 tests what ZeRO-2 does, and more.
+BY_ENGINE = [pytest.param(name, marks=[pytest.mark.long] * (name == "zero2")) for name in ENGINES]
 HARMS = {
     f"not-finite-{harm}": {"kind": "rpo", "tied": True, "harm": harm}
     for harm in ("loss", "gradient")
@@ -210,7 +212,7 @@ def difference(mine: dict[str, Any], one: dict[str, Any]) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", BY_ENGINE)
 def test_two_ranks_are_one(engine: str, results: Any, record_property: Any) -> None:
     table = {name: difference(mine, one) for name, mine, one in pairs_of(engine, results)}
     head = f"{engine:42}" + "".join(f"{column:>10}" for column in ("loss", "means", "weights"))
@@ -244,7 +246,7 @@ def test_half_precision_is_of_the_arithmetic_alone(engine: str, results: Any) ->
             )  # the frozen weight was bfloat16
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", BY_ENGINE)
 def test_the_ranks_see_different_rows_and_all_of_them(engine: str, results: Any) -> None:
     for name, mine, one in pairs_of(engine, results):
         for step in range(STEPS):
@@ -253,7 +255,7 @@ def test_the_ranks_see_different_rows_and_all_of_them(engine: str, results: Any)
             assert sorted(first + second) == sorted(one["seen"][0, step]), name
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", BY_ENGINE)
 def test_the_default_budget(engine: str, results: Any) -> None:
     """For ranks that wait for each other in each micro-batch; never more forwards, and 0 turns it off."""
     found = results(engine)
@@ -267,7 +269,7 @@ def test_the_default_budget(engine: str, results: Any) -> None:
     assert found["rpo ×4 by number"]["forwards"] == [4, 4, 1]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", BY_ENGINE)
 def test_the_reference_cache_is_that_of_one_process(engine: str, results: Any) -> None:
     for name, mine, one in pairs_of(engine, results):
         found, expected = mine["references"], one["references"]
@@ -293,7 +295,7 @@ def test_the_reference_cache_is_that_of_one_process(engine: str, results: Any) -
 
 
 @pytest.mark.parametrize("harm", HARMS)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", BY_ENGINE)
 def test_what_is_not_finite_on_one_rank_stops_all_before_a_weight_moves(
     engine: str, harm: str, results: Any, injected: Injected
 ) -> None:
@@ -321,21 +323,21 @@ def test_all_ranks_leave_out_the_step_that_is_not_finite_on_one(engine: str, res
     assert any(not torch.equal(taken[name], weight) for name, weight in before.items())
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", BY_ENGINE)
 def test_a_checkpoint_waits_for_the_last_rank(engine: str, results: Any) -> None:
     found = results(engine)[LATE]
     assert found["damage"] is None
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(found["sizes"])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", BY_ENGINE)
 def test_each_rank_hashes_its_own_share(engine: str, results: Any) -> None:
     found = results(engine)[LATE]
     assert found["hashed"] == dict(enumerate(map(sorted, shares(found["sizes"], 2))))
     assert "rng_state_1.pth" in found["hashed"][1]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", BY_ENGINE)
 def test_every_rank_has_the_best_weights_at_the_end(engine: str, results: Any) -> None:
     found = results(engine)[BEST]
     best = min(found["losses"], key=found["losses"].get)

@@ -236,7 +236,7 @@ SINGLE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # The effect of these is also tested on the simulation alone.
-SIMULATED = ("accumulation", "checkpointing", "bfloat16")
+SIMULATED = ("accumulation", "checkpointing", "bfloat16", "LoRA", "LoRA in bfloat16", "reward")
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,13 @@ def test_a_process_that_trains_holds_what_was_planned(
 
 @pytest.mark.slow
 @LINUX
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(name, marks=[pytest.mark.long] * (name in ("zero2", "zero3")))
+        for name in ENGINES
+    ],
+)
 def test_a_rank_holds_what_was_planned(engine: str, start: str, record_property: Any) -> None:
     require(engine)
     # Under FSDP2 the ranks hold 20 to 23% more on a CPU, 6 to 8% of it since token statistics are computed.
