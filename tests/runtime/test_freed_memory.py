@@ -16,11 +16,18 @@ from tests.small_models import make_model
 
 pytestmark = pytest.mark.skipif(_glibc() is None, reason="needs glibc")
 
-_PROGRAM = """
+_HELD = """
+MIB = 2**20
+
+def held():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096 // MIB
+"""
+_PROGRAM = (
+    _HELD
+    + """
 import contextlib, resource, sys, torch
 from rpo_trainer.runtime.memory import keeping_freed_memory
-
-MIB = 2**20
 
 def faults(times):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -28,16 +35,13 @@ def faults(times):
         torch.ones(64 * MIB // 4)  # 64 MiB: 16,384 pages of 4 KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-def held():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 // MIB
-
 before = held()
 with keeping_freed_memory():
     faults(20)  # until blocks of this size have found their places
     inside, kept = faults(10), held() - before
 print(inside, kept, held() - before, faults(10))
 """
+)
 
 
 def figures(**environment: str) -> tuple[int, ...]:
@@ -59,12 +63,10 @@ def test_blocks_are_kept_inside_and_returned_afterwards() -> None:
 
 
 def test_small_blocks_between_kept_ones_are_returned() -> None:
-    program = """
+    program = (
+        _HELD
+        + """
 from rpo_trainer.runtime.memory import return_freed_memory
-
-def held():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 // 2**20
 
 texts = [str(number) * 600 for number in range(50_000)]
 kept = texts[::500]
@@ -74,6 +76,7 @@ before = held()
 return_freed_memory()
 print(full, before, held())
 """
+    )
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
